@@ -45,7 +45,9 @@ def _no_text(name, features, sensitive):
 # %% ../nbs/lib_data.ipynb #4403108c
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    "A data set and where it comes from. Raises `ValueError` if rows disagree, values are missing, or text is not categorical."
+    """A data set and where it comes from. Raises `ValueError` if rows disagree, values are missing, or text is not categorical.
+
+    Example: `load_diabetes().groups("sex")[1]` gives `('sex 1', 'sex 2')`."""
     features: pd.DataFrame                 # n rows; numbers or categories, no missing values
     label: pd.Series                       # n values; integers for classes, floats for regression
     sensitive_features: pd.DataFrame       # n rows; every column categorical
@@ -147,13 +149,17 @@ def split(
 
 # %% ../nbs/lib_data.ipynb #8b7ea43d
 def data_folder() -> Path:  # the folder with the files; it need not exist yet, and it may be read-only
-    "The folder named by `FAIRBOOK_DATA`, or else the user's cache folder for fairbook."
+    """The folder named by `FAIRBOOK_DATA`, or else the user's cache folder for fairbook.
+
+    Example: `data_folder() / "adult"`."""
     return Path(os.environ.get("FAIRBOOK_DATA") or pooch.os_cache("fairbook")).expanduser()
 
 # %% ../nbs/lib_data.ipynb #c4858e5d
 @dataclass(frozen=True)
 class DataFile:
-    "What a file must be, and where it is published."
+    """What a file must be, and where it is published.
+
+    Example: `len(REGISTRY["dutch/dutch.csv"].sha256)` gives `64`."""
     sha256: str            # 64 hexadecimal digits
     urls: tuple[str, ...]  # addresses, tried in this order
 
@@ -195,7 +201,9 @@ REGISTRY = {   # path below the data folder -> what the file must be
 
 # %% ../nbs/lib_data.ipynb #47fb2db0
 class DatasetUnavailable(OSError):
-    "The file is not in the data folder, and was not to be had; the message says where to get it and where to put it."
+    """The file is not in the data folder, and was not to be had; the message says where to get it and where to put it.
+
+    Example: `fetch("mine.csv", {"mine.csv": DataFile("0" * 64, urls=())})` raises `DatasetUnavailable`."""
 
 # %% ../nbs/lib_data.ipynb #9a3a17ce
 def _unavailable(path, file, reason):
@@ -224,14 +232,18 @@ def _download(path, file):
 
 # %% ../nbs/lib_data.ipynb #d800bf65
 class DatasetCorrupt(OSError):
-    "The file in the data folder is not the published one (cut off, swapped, edited); it is neither used nor touched."
+    """The file in the data folder is not the published one (cut off, swapped, edited); it is neither used nor touched.
+
+    Example (needs a damaged file): `fetch("adult/adult.data")` raises `DatasetCorrupt`."""
 
 # %% ../nbs/lib_data.ipynb #c9c30e75
 def fetch(
     name: str,                                  # key of `registry`, such as "adult/adult.data"
     registry: Mapping[str, DataFile] = REGISTRY,  # known files
 ) -> Path:                                      # the checked file
-    "Path of a data file, downloaded if need be. Raises `DatasetCorrupt`, `DatasetUnavailable`, `ValueError` for unknown names."
+    """Path of a data file, downloaded if need be. Raises `DatasetCorrupt`, `DatasetUnavailable`, `ValueError` for unknown names.
+
+    Example (needs its file): `fetch("adult/adult.data")`."""
     if name not in registry: raise ValueError(f"no file {name!r} in the registry; there are {sorted(registry)}")
     path, file = data_folder() / name, registry[name]
     if path.exists():
@@ -248,7 +260,9 @@ _BUNDLED, _OWN = ("diabetes",), ("employees", "sba")   # sets without files in t
 def is_available(
     name: str,  # as in `load_<name>`
 ) -> bool:      # True for "diabetes", which comes with scikit-learn; False for "employees" and "sba", which need your file
-    "Whether all registered files of a data set are in the data folder (present, not hashed). Raises `ValueError` for unknown names."
+    """Whether all registered files of a data set are in the data folder (present, not hashed). Raises `ValueError` for unknown names.
+
+    Example: `is_available("diabetes")` gives `True`."""
     files = [file for file in REGISTRY if file.startswith(f"{name}/")]
     if not files and name not in _BUNDLED + _OWN:
         known = sorted({*_BUNDLED, *_OWN, *(file.split("/")[0] for file in REGISTRY)})
@@ -282,7 +296,9 @@ def _categorise(table):
 def load_adult(
     split: str = "all",  # "train" (32,561 rows), "test" (16,281), or "all": the source's own split
 ) -> Dataset:            # label: income above 50,000 dollars; sensitive: sex, race
-    "UCI Adult. Reads both files, so every split has the same levels. Raises `ValueError` for another split, and as `fetch`."
+    """UCI Adult. Reads both files, so every split has the same levels. Raises `ValueError` for another split, and as `fetch`.
+
+    Example (needs its files): `load_adult().base_rates("sex")`."""
     if split not in ("train", "test", "all"): raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     train, test = _read_adult("adult.data", 0), _read_adult("adult.test", 1)
     table = pd.concat([train, test], ignore_index=True)
@@ -306,7 +322,9 @@ _acs = dict(
 def load_acs_income(
     states: str | Sequence[str] = tuple(_STATES),  # two-letter codes, of AK CT HI MN NE NM NV RI SD UT
 ) -> Dataset:                                      # label: income above 50,000 dollars; sensitive: sex, race (White or not)
-    "ACSIncome 2018 for some states, stacked in the given order. Raises `ValueError` for a state not at hand, and as `fetch`."
+    """ACSIncome 2018 for some states, stacked in the given order. Raises `ValueError` for a state not at hand, and as `fetch`.
+
+    Example (needs its files): `load_acs_income(("RI", "CT")).base_rates("sex")`."""
     states = [states] if isinstance(states, str) else list(states)
     if not states or not set(states) <= set(_STATES): raise ValueError(f"states must be some of {list(_STATES)}, got {states}")
     table = pd.concat([pd.read_csv(fetch(f"acs_income/{s}_0.csv")) for s in states], ignore_index=True).astype(int)
@@ -325,7 +343,9 @@ _dutch = dict(
 
 # %% ../nbs/lib_data.ipynb #cd083a0d
 def load_dutch() -> Dataset:  # 60,420 rows; label: high-level occupation; sensitive: sex
-    "Dutch census 2001. The ordered codes age and edu_level stay numbers; the others are categories. Raises as `fetch`."
+    """Dutch census 2001. The ordered codes age and edu_level stay numbers; the others are categories. Raises as `fetch`.
+
+    Example (needs its file): `load_dutch().base_rates("sex")`."""
     table = pd.read_csv(fetch("dutch/dutch.csv"))
     label = table.pop("occupation").rename("high occupation")
     sensitive = pd.DataFrame({"sex": _either(table.sex == "male", "Female", "Male")})
@@ -342,7 +362,9 @@ _law = dict(
 
 # %% ../nbs/lib_data.ipynb #fc7cf4e9
 def load_law_school() -> Dataset:  # 20,798 rows; label: passed the bar; sensitive: race, sex
-    "Law school (LSAC). race is a category; male (0, 1), tier and all other columns are numbers. Raises as `fetch`."
+    """Law school (LSAC). race is a category; male (0, 1), tier and all other columns are numbers. Raises as `fetch`.
+
+    Example (needs its file): `load_law_school().base_rates("race", "sex")`."""
     table = pd.read_csv(fetch("law_school/law_school_clean.csv"))
     label = table.pop("pass_bar").astype(int).rename("passed the bar")
     sensitive = pd.DataFrame({"race": _either(table.race == "White", "Non-White", "White"),
@@ -363,7 +385,9 @@ _GERMAN_COLUMNS = (
 
 # %% ../nbs/lib_data.ipynb #7e42f5ab
 def load_german() -> Dataset:  # 1,000 rows; label: good credit; sensitive: age (above 25 or not), sex (unreliable)
-    "Statlog German credit. The codes A11, A12, ... are kept as categories. Raises as `fetch`."
+    """Statlog German credit. The codes A11, A12, ... are kept as categories. Raises as `fetch`.
+
+    Example (needs its file): `load_german().base_rates("age")`."""
     table = pd.read_csv(fetch("german/german.data"), sep=r"\s+", names=_GERMAN_COLUMNS)
     label = (table.pop("credit") == 1).astype(int).rename("good credit")
     sensitive = pd.DataFrame({"age": _either(table.age > 25, "25 or younger", "older than 25"),
@@ -378,7 +402,9 @@ _diabetes = dict(
 
 # %% ../nbs/lib_data.ipynb #323e3eee
 def load_diabetes() -> Dataset:  # 442 rows; label: progression after one year (25 to 346); sensitive: sex, codes 1 and 2
-    "scikit-learn's diabetes data, in original units. No download."
+    """scikit-learn's diabetes data, in original units. No download.
+
+    Example: `load_diabetes().features.shape` gives `(442, 10)`."""
     bunch = sk.load_diabetes(as_frame=True, scaled=False)
     table = bunch.data.assign(sex=_either(bunch.data.sex == 2, "sex 1", "sex 2"))
     return Dataset(table, bunch.target.astype(float).rename("progression"), table[["sex"]], **_diabetes)
@@ -435,7 +461,9 @@ _employees = dict(
 def load_employees(
     table: str | Path | pd.DataFrame,  # the INX employee table, or a CSV file with it
 ) -> Dataset:  # label: hourly rate, 30 to 100, scaled to [0, 1]; five binary sensitive columns
-    "Your own copy of the employee table, without the employee number. Raises `ValueError` for missing columns or new levels."
+    """Your own copy of the employee table, without the employee number. Raises `ValueError` for missing columns or new levels.
+
+    Example (needs your file): `load_employees("employees.csv").base_rates("manager")`."""
     table = _own_table(table, _EMPLOYEE_COLUMNS, "employees")
     _known_levels(table, EMPLOYEE_LEVELS, "employees")
     features = table[[c for c in _EMPLOYEE_COLUMNS if c != "EmpHourlyRate"]]
@@ -459,7 +487,9 @@ _sba = dict(
 def load_sba(
     table: str | Path | pd.DataFrame,  # the SBA case, or a CSV file with it
 ) -> Dataset:  # label: default (1) or paid in full (0); sensitive: business (new or existing), place (urban or not)
-    "Your copy of the SBA case, without names, places and, except Recession, later knowledge. Raises `ValueError` for missing columns."
+    """Your copy of the SBA case, without names, places and, except Recession, later knowledge. Raises `ValueError` for missing columns.
+
+    Example (needs your file): `load_sba("sba_case.csv").base_rates("business")`."""
     table = _own_table(table, (*_SBA_NUMBERS, *_SBA_TEXT, "FranchiseCode", "UrbanRural", "Default"), "sba")
     text = table[list(_SBA_TEXT)].astype(object)
     text = text.where(text.notna(), "?").astype(str).astype("category")

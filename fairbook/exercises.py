@@ -16,10 +16,13 @@ from scipy.optimize import linprog
 from scipy.stats import wasserstein_distance
 
 from .fairness_layer import LinearConstraint, StreamingParity, project_parity, project_rows
+from .metrics import group_means, mean_gap
 
 # %% ../nbs/lib_exercises.ipynb #9a86c8ef
 class NotYet(AssertionError):
-    "An answer that is not right yet. The message says in words what was expected, and for which input it was not so."
+    """An answer that is not right yet. The message says in words what was expected, and for which input it was not so.
+
+    Example: `check("ch01.3", [([.5], [0])])` raises `NotYet`."""
 
 # %% ../nbs/lib_exercises.ipynb #5839c0c7
 _CHECKS = {}
@@ -30,7 +33,9 @@ def exercise(
 ):
     """Decorator that registers a function of the answer, which raises `NotYet` if the answer is wrong, as the check of an exercise.
 
-    Running its cell again replaces the check. Raises `ValueError` if a function of another name has the id."""
+    Running its cell again replaces the check. Raises `ValueError` if a function of another name has the id.
+
+    Example: `my_check = exercise("ch00.1")(lambda answer: None); check("ch00.1", 42)`."""
     def register(f):
         if (old := _CHECKS.setdefault(id, f)).__name__ != f.__name__: raise ValueError(f"id {id!r} belongs to {old.__name__} already; give {f.__name__} the next free number")
         _CHECKS[id] = f
@@ -43,7 +48,9 @@ def check(
     answer: Any,  # a function, a number or a small object, as the exercise says; None if there is no answer yet
 ) -> None:        # prints one line: "ch01.3: correct", or "ch01.3: not answered yet" for None
     """Tries an answer to an exercise. Raises `NotYet` if it is wrong, with the smallest input that shows it among those tried;
-    `ValueError` for an id that no exercise has, with a list of those there are. Takes about a second at most."""
+    `ValueError` for an id that no exercise has, with a list of those there are. Takes about a second at most.
+
+    Example: `check("ch01.1", lambda n0, n1, gap, most: max(0., abs(gap) - most * (n0 + n1) / max(n0, n1)))`."""
     if id not in _CHECKS: raise ValueError(f"id must be one of {', '.join(sorted(_CHECKS))}; got {id!r}")
     if answer is None: return print(f"{id}: not answered yet")
     _CHECKS[id](answer)
@@ -77,11 +84,7 @@ def _numbers(value, shape, what):
     return x
 
 # %% ../nbs/lib_exercises.ipynb #41f37b4a
-def _means(y, groups):
-    "Mean of each group that is present."
-    return torch.stack([y[groups == g].mean() for g in groups.unique()])
-
-def _gap(y, groups): return (_means(y, groups).max() - _means(y, groups).min()).item()
+def _gap(y, groups): return float(mean_gap(y, groups.long()))
 
 # %% ../nbs/lib_exercises.ipynb #710855b9
 @exercise("ch01.1")
@@ -104,7 +107,7 @@ def _suspects(z, s, tol):
     tilt = torch.linspace(0, 1, len(z)).double()
     yield from [(y, z, ""), (y, y, ""), (z, z, "its gap is larger than tol"), (y + .1, z, "all are shifted by 0.1 too much, so the shifts do not balance")]
     yield z * 0 + z.mean(), z, "all get one score, so members of one group are shifted differently"
-    yield y + tilt - _means(tilt, s)[s], z, "every group mean is right, but members of one group are shifted differently"
+    yield y + tilt - group_means(tilt, s).mean[s], z, "every group mean is right, but members of one group are shifted differently"
     yield project_parity(z, s, tol / 2), z, "the means are closer together than they have to be"
     if len(n) == 2: yield z + (y - z) * stretch, z, "the groups have changed places: the one that was lifted is now the upper one"
     if len(n) == 3: yield y + .1 * (s == 1) - .1 * n[1] / (n[0] + n[2]) * (s != 1), z, "group 1 was between the levels already, and has been moved"
@@ -170,7 +173,7 @@ def _four_fifths(answer):
 def _fair_stream(n, seed):
     "Normal scores of two groups whose means are exactly equal."
     z, s = torch.randn(n, generator=torch.Generator().manual_seed(seed)).double(), torch.arange(n) % 2
-    return z - _means(z, s)[s], s
+    return z - group_means(z, s).mean[s], s
 
 
 def _distortion(z, s): return (StreamingParity(2, .05)(z, s) - z).square().mean().item()

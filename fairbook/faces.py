@@ -82,7 +82,9 @@ def make_tiny_faces(
     n: int = 240,           # number of pictures in all splits together, >= 40
     seed: int = 0,          # same seed, same pictures
 ) -> Path:                  # `root`
-    "Toy faces in the layout of the real data, for tests and first steps. Raises `ValueError` if the folder is not empty. O(n)."
+    """Toy faces in the layout of the real data, for tests and first steps. Raises `ValueError` if the folder is not empty. O(n).
+
+    Example: `sorted(p.name for p in make_tiny_faces("toy", "fairface").iterdir() if p.is_dir())` gives `['train', 'val']`."""
     root, rng = Path(root), np.random.default_rng(seed)
     if kind not in ("celeba", "fairface"): raise ValueError(f"`kind` must be 'celeba' or 'fairface', got {kind!r}")
     if n < 40: raise ValueError(f"`n` must be at least 40, so that groups have members, got {n}")
@@ -142,7 +144,9 @@ def _read_attributes(root):
 # %% ../nbs/lib_faces.ipynb #b61136c7
 class CelebA(_Faces):
     """CelebA faces. Items are (picture [3, size, size], label 0/1, group code); see also `.labels [n]`, `.groups [n]`, `.group_names`.
-    Raises `FileNotFoundError` for what is absent, with the address, `ValueError` for unknown attributes and damaged files."""
+    Raises `FileNotFoundError` for what is absent, with the address, `ValueError` for unknown attributes and damaged files.
+
+    Example: `len(CelebA(make_tiny_faces("toy"), "test"))` gives `48`."""
     def __init__(self,
         root: str | Path,           # folder with `img_align_celeba/`, `list_attr_celeba.txt`, `list_eval_partition.txt`
         split: str = "train",       # "train", "valid" or "test"
@@ -181,8 +185,9 @@ def _code(table, column, names):
 
 # %% ../nbs/lib_faces.ipynb #3fe4be28
 class FairFace(_Faces):
-    """FairFace faces, label age >= 30, 14 groups gender x race. Items and attributes are as in `CelebA`.
-    Raises `FileNotFoundError` for what is absent, with the address, `ValueError` for damaged files and unknown names."""
+    """FairFace faces, label age >= 30, 14 groups gender x race; items, attributes and errors are as in `CelebA`.
+
+    Example: `len(FairFace(make_tiny_faces("toy", "fairface"), "val"))` gives `48`."""
     def __init__(self,
         root: str | Path,        # folder with `train/`, `val/`, `fairface_label_train.csv`, `fairface_label_val.csv`
         split: str = "train",    # "train" or "val"
@@ -199,7 +204,9 @@ class FairFace(_Faces):
 # %% ../nbs/lib_faces.ipynb #7807e289
 class StratifiedBatches(Sampler):
     """Batches that all hold the same number of members of each group, as near to the overall shares as whole numbers allow
-    and never fewer than one. For `DataLoader(..., batch_sampler=...)`. The members left over differ from epoch to epoch."""
+    and never fewer than one. For `DataLoader(..., batch_sampler=...)`. The members left over differ from epoch to epoch.
+
+    Example: `StratifiedBatches(torch.tensor([0] * 6 + [1] * 2), batch_size=4).per_group` gives `{0: 3, 1: 1}`."""
     def __init__(self,
         groups: Integer[Tensor, "n"],   # group of each sample; codes without samples are ignored
         batch_size: int,                # samples in each batch, at least one per group
@@ -229,7 +236,9 @@ def __iter__(self: StratifiedBatches) -> Iterator[list[int]]:
 
 # %% ../nbs/lib_faces.ipynb #0bcec1a1
 class SimpleCNN(nn.Module):
-    "Four blocks of convolution, normalisation, ReLU and pooling, `.features`, then a linear `.head`. Needs pictures of at least 16 x 16."
+    """Four blocks of convolution, normalisation, ReLU and pooling, `.features`, then a linear `.head`. Needs pictures of at least 16 x 16.
+
+    Example: `SimpleCNN(8)(torch.zeros(2, 3, 32, 32)).shape` gives `(2, 1)`."""
     def __init__(self,
         width: int = 16,   # channels of the first block, a multiple of 4; later blocks have 2, 4 and 4 times as many
     ):
@@ -245,7 +254,9 @@ class SimpleCNN(nn.Module):
 # %% ../nbs/lib_faces.ipynb #a915004d
 @dataclass(frozen=True, eq=False)
 class FaceResult:
-    "What `train_faces` measured on the test set."
+    """What `train_faces` measured on the test set.
+
+    Example: `faces = CelebA(make_tiny_faces("toy"), size=16); len(train_faces(SimpleCNN(4), faces, faces, epochs=2).losses)` gives `2`."""
     accuracy: float             # share of right decisions, logit > 0
     gap: GroupMetric            # gap between the group means of the outputs, in logits
     decisions: GroupMetric      # demographic parity of the decisions; a layer on logits does not bound it
@@ -299,7 +310,9 @@ def train_faces(
     num_workers: int = 0,                # processes that read pictures
 ) -> FaceResult:
     """Trains with the layer in the loss, then measures model and layer on the test set.
-    Raises `ValueError` for a layer that changes the shape or returns NaN, and for batches too small or too large for the groups."""
+    Raises `ValueError` for a layer that changes the shape or returns NaN, and for batches too small or too large for the groups.
+
+    Example: `faces = CelebA(make_tiny_faces("toy"), size=16); train_faces(SimpleCNN(4), faces, faces, epochs=1).accuracy`."""
     if epochs < 1: raise ValueError(f"`epochs` must be at least 1, got {epochs}")
     device = next(model.parameters()).device
     optimizer = optimizer(model) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 # %% ../nbs/ch01_fairness_layer.ipynb #6f4e919f
-from .parity import ParityResidual, _check_bounds, _check_scores, parity_residual, project_parity
+from .parity import ParityResidual, _check_bounds, _check_scores, _check_weights, parity_residual, project_parity
 _all_ = ["ParityResidual", "parity_residual", "project_parity"]
 
 # %% ../nbs/ch01_fairness_layer.ipynb #cb0f5c34
@@ -47,17 +47,30 @@ def _within(rows, tol, center=0.):
 
 def _columns(groups): return groups[:, None].T if groups.ndim == 1 else groups.T
 
+# %% ../nbs/ch01_fairness_layer.ipynb #09ee3af0
+def _check_limit(tol):
+    "Raises `ValueError` for a tolerance that is none; a tensor may hold one for each batch, and may be learned."
+    if not isinstance(tol, (int, float, Tensor)): raise ValueError(f"tol must be a number or a tensor, got {tol!r}")
+    t = torch.as_tensor(tol).detach()
+    if not (t >= 0).all() or t.isinf().any():
+        raise ValueError(f"tol must be finite and >= 0, got {t.min().item():g}; it is a largest allowed gap, in units of the scores (clamp a learned one after each step)")
+
 # %% ../nbs/ch01_fairness_layer.ipynb #6518affa
 @dataclass(frozen=True)
 class Constraint:
-    "A linear fairness constraint `lower <= rows @ y <= upper`; subclasses define `rows(z, groups, y)`."
+    """A linear fairness constraint `lower <= rows @ y <= upper`; subclasses define `rows(z, groups, y)`.
+
+    Example: `DemographicParity(.1).violation(torch.tensor([.2, .8]), torch.tensor([0, 1]))` gives `.5`."""
+
+    def __post_init__(self): _check_limit(getattr(self, "tol", 0.))
 
     def rows(self, z, groups, y=None) -> tuple[Tensor, Tensor, Tensor]:
         "Rows [K, n], lower and upper [K] for scores `z [n]`, `groups [n]` or `[n, n_attributes]`, labels `y [n]`."
         raise NotImplementedError
 
-    def project(self, z: Float[Tensor, "*batch n"], groups: Int[Tensor, "..."], y=None, bounds=None):
-        "Scores nearest to `z` that satisfy the constraint and the box; differentiable."
+    def project(self, z: Float[Tensor, "*batch n"], groups: Int[Tensor, "..."], y=None, bounds=None, weights=None):
+        "Scores nearest to `z` that satisfy the constraint and the box; differentiable. `ValueError` if given weights it has no use for."
+        if weights is not None: raise ValueError(f"weights are for DemographicParity and EqualizedOdds; {type(self).__name__} counts every sample once, so weigh its rows")
         return project_rows(z, *self.rows(z, groups, y), bounds)
 
     def excess(self, z, groups, y=None) -> Float[Tensor, "two_k"]:
@@ -81,22 +94,26 @@ def _labels(y, groups, who):
 # %% ../nbs/ch01_fairness_layer.ipynb #e69c99b1
 @dataclass(frozen=True)
 class DemographicParity(Constraint):
-    "Group means differ by at most `tol`; never infeasible (a constant vector is feasible)."
+    """Group means differ by at most `tol`; never infeasible (a constant vector is feasible).
+
+    Example: `DemographicParity(.1).project(torch.tensor([.2, .8]), torch.tensor([0, 1]))` gives `[.45, .55]`."""
     tol: float | Tensor = 0.     # largest allowed gap, >= 0, in units of the scores
     n_groups: int | None = None  # number of groups; needed only if `missing` is not "skip"
 
     def rows(self, z, groups, y=None):
         return _within(_pair_rows(_mean_rows(groups, self.n_groups or int(groups.max()) + 1, z)), self.tol)
 
-    def project(self, z, groups, y=None, bounds=None):
-        return project_parity(z, groups, self.tol, bounds, n_groups=self.n_groups)
+    def project(self, z, groups, y=None, bounds=None, weights=None):
+        return project_parity(z, groups, self.tol, bounds, n_groups=self.n_groups, weights=weights)
 
 # %% ../nbs/ch01_fairness_layer.ipynb #e0519147
 @dataclass(frozen=True)
 class EqualizedOdds(Constraint):
     """Group means differ by at most `tol` among the samples of each label in `given`; never infeasible.
 
-    `given=(1,)` is equal opportunity. The labels are needed at prediction time as well."""
+    `given=(1,)` is equal opportunity. The labels are needed at prediction time as well.
+
+    Example: `EqualizedOdds(.1, given=(1,)).project(torch.tensor([.2, .8, .9]), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]))` gives `[.45, .55, .9]`."""
     tol: float | Tensor = 0.            # largest allowed gap, >= 0, in units of the scores
     n_groups: int | None = None         # number of groups
     given: tuple[int, ...] = (0, 1)     # label values within which means must agree
@@ -112,19 +129,21 @@ class EqualizedOdds(Constraint):
         cells = [_mean_rows(torch.where(y == c, groups, G), G + 1, z)[:G] for c in self.given]
         return _within(torch.cat([_pair_rows(means) for means in cells]), self.tol)
 
-    def project(self, z, groups, y=None, bounds=None):
+    def project(self, z, groups, y=None, bounds=None, weights=None):
         y, out = self._given(y, groups), z if bounds is None else z.clamp(*bounds)
         for c in self.given:
             at = (y == c).nonzero().squeeze(-1)
             if len(at) == 0: continue
-            part = project_parity(z[..., at], groups[at], self.tol, bounds, n_groups=self.n_groups)
+            part = project_parity(z[..., at], groups[at], self.tol, bounds, n_groups=self.n_groups, weights=None if weights is None else weights[..., at])
             out = out.index_copy(-1, at, part)
         return out
 
 # %% ../nbs/ch01_fairness_layer.ipynb #c277602c
 @dataclass(frozen=True)
 class MarginalParity(Constraint):
-    "For every attribute (column of `groups [n, n_attributes]`) its group means differ by at most `tol`. Never infeasible."
+    """For every attribute (column of `groups [n, n_attributes]`) its group means differ by at most `tol`. Never infeasible.
+
+    Example: `MarginalParity().project(torch.tensor([0., 1., 2.]), torch.tensor([[0, 0], [0, 1], [1, 1]]))` gives `[1., 1., 1.]`."""
     tol: float | Tensor = 0.     # largest allowed gap, >= 0, in units of the scores
 
     def rows(self, z, groups, y=None):
@@ -133,7 +152,9 @@ class MarginalParity(Constraint):
 # %% ../nbs/ch01_fairness_layer.ipynb #c11b0bc3
 @dataclass(frozen=True)
 class ResidualParity(Constraint):
-    "The mean score of every group of every attribute is within `tol` of its mean label. Infeasible if the mean labels do not fit the box."
+    """The mean score of every group of every attribute is within `tol` of its mean label. Infeasible if the mean labels do not fit the box.
+
+    Example: `ResidualParity().project(torch.tensor([.2, .4]), torch.tensor([0, 0]), torch.tensor([0, 1]))` gives `[.4, .6]`."""
     tol: float | Tensor = 0.     # largest allowed mean residual, >= 0, in units of the scores
 
     def rows(self, z, groups, y=None):
@@ -145,7 +166,9 @@ class ResidualParity(Constraint):
 # %% ../nbs/ch01_fairness_layer.ipynb #4e56f629
 @dataclass(frozen=True)
 class LinearConstraint(Constraint):
-    "Rows of your own: tensors `rows [K, n]`, `lower [K]`, `upper [K]`, or a function `make(z, groups, y)` that returns the three."
+    """Rows of your own: tensors `rows [K, n]`, `lower [K]`, `upper [K]`, or a function `make(z, groups, y)` that returns the three.
+
+    Example: `LinearConstraint(torch.ones(1, 2), upper=torch.ones(1)).project(torch.tensor([.8, .6]), torch.tensor([0, 1]))` gives `[.6, .4]`."""
     make: object                        # function of (z, groups, y), or the rows
     lower: Tensor | None = None         # [K], -inf for none
     upper: Tensor | None = None         # [K], +inf for none
@@ -160,13 +183,17 @@ class LinearConstraint(Constraint):
 class FairnessLayer(nn.Module):
     """Module that moves the scores of a batch as little as possible so that they satisfy a constraint (the paper's fairness layer).
 
-    `forward(z, groups, y=None)` takes scores `z [n]`, groups `[n]` (or `[n, n_attributes]`, as the constraint wants) and
-    labels if the constraint needs them. `on="output"` constrains `z` as it is; `"logit"` too, and says that `z` are logits;
+    `forward(z, groups, y=None, weights=None)` takes scores `z [n]`, groups `[n]` (or `[n, n_attributes]`, as the constraint wants),
+    labels if the constraint needs them, and for `DemographicParity` and `EqualizedOdds` weights as in `project_parity` (the
+    constraint's own `excess` and `violation` count every sample once). A `tol` that is an `nn.Parameter` is one of the layer's.
+    `on="output"` constrains `z` as it is; `"logit"` too, and says that `z` are logits;
     `"probability"` takes logits and returns constrained probabilities in `bounds`, default (0, 1). (With cross-entropy take
     (.01, .99): its slope 1/p has no limit near 0.) The guarantee holds for the batch that is passed in, nothing smaller or larger.
     `missing="carry"` keeps running means (momentum as in BatchNorm, updated in training mode only) in the state dict.
-    Raises `ValueError` for unknown options, for `missing` other than "skip" without `DemographicParity(n_groups=...)`, and
-    what `project_parity` and `project_rows` raise."""
+    Raises `ValueError` for unknown options, bad tolerances and boxes, for `missing` other than "skip" without `DemographicParity(n_groups=...)`, and
+    what `project_parity` and `project_rows` raise.
+
+    Example: `FairnessLayer(DemographicParity(.1), bounds=(0., 1.))(torch.tensor([.2, .8]), torch.tensor([0, 1]))` gives `[.45, .55]`."""
 
     def __init__(
         self,
@@ -183,14 +210,22 @@ class FairnessLayer(nn.Module):
         if missing != "skip" and (n_groups is None or not isinstance(constraint, DemographicParity)):
             raise ValueError(f"missing={missing!r} needs DemographicParity(n_groups=...), got {constraint}; "
                              "the layer must know which groups there are")
-        self.constraint, self.on, self.missing, self.momentum = constraint, on, missing, momentum
+        self._constraint, self.on, self.missing, self.momentum = constraint, on, missing, momentum
+        if isinstance(getattr(constraint, "tol", None), nn.Parameter): self.tol = constraint.tol
         self.bounds = (0., 1.) if bounds is None and on == "probability" else bounds
+        _check_bounds(bounds)
         self.register_buffer("incomplete", torch.zeros((), dtype=torch.long))           # batches in which a group was absent
         self.register_buffer("mean", torch.full((n_groups or 0,), math.nan, dtype=torch.float64))
         self.register_buffer("share", torch.zeros(n_groups or 0, dtype=torch.float64))
 
-    def forward(self, z: Float[Tensor, "*batch n"], groups: Int[Tensor, "..."], y: Tensor | None = None):
+    @property
+    def constraint(self) -> Constraint:
+        "What must hold, at the tolerance as it is now if that is learned."
+        return replace(self._constraint, tol=self.tol) if "tol" in self._parameters else self._constraint
+
+    def forward(self, z: Float[Tensor, "*batch n"], groups: Int[Tensor, "..."], y: Tensor | None = None, weights: Float[Tensor, "..."] | None = None):
         if len(self.mean): _check_scores(z, groups, len(self.mean))
+        if weights is not None: _check_weights(weights, z)                                # before any state changes
         if self.on == "probability": z = z.sigmoid()
         absent = self._absent(groups)
         if absent.any():
@@ -198,8 +233,8 @@ class FairnessLayer(nn.Module):
             if self.missing == "error":
                 raise ValueError(f"groups {absent.nonzero().squeeze(-1).tolist()} are absent from the batch; "
                                  "use larger or stratified batches, or missing='carry'")
-        if self.missing == "carry": return self._carry(z, groups, absent)
-        return self.constraint.project(z, groups, y, self.bounds)
+        if self.missing == "carry": return self._carry(z, groups, absent, weights)
+        return self.constraint.project(z, groups, y, self.bounds, weights)
 
     def extra_repr(self): return f"{self.constraint}, bounds={self.bounds}, on={self.on!r}, missing={self.missing!r}"
 
@@ -213,17 +248,19 @@ def _absent(self: FairnessLayer, groups):
 
 
 @patch
-def _carry(self: FairnessLayer, z, groups, absent):
+def _carry(self: FairnessLayer, z, groups, absent, weights):
     "Project with one stand-in per absent group: at the group's running mean, with the weight it usually has."
     if z.ndim != 1: raise ValueError(f"missing='carry' takes one batch of scores [n], got shape {tuple(z.shape)}")
+    w = torch.ones_like(z) if weights is None else weights.detach()
     if self.training:
         here, m = ~absent, self.momentum
-        mean = _mean_rows(groups, len(absent), self.mean) @ z.detach().double()
-        share = torch.bincount(groups, minlength=len(absent)) / len(z)
+        member = nn.functional.one_hot(groups.long(), len(absent)).T * w.double()
+        mass = member.sum(1)
+        mean, share = (member @ z.detach().double() / mass).to(self.mean), (mass / mass.sum()).to(self.share)
         self.mean[here] = torch.where(self.mean[here].isnan(), mean[here], (1 - m) * self.mean[here] + m * mean[here])
         self.share.mul_(1 - m).add_(m * share)
     known = (absent & ~self.mean.isnan()).nonzero().squeeze(-1)
-    weights = torch.cat([torch.ones_like(z), (self.share[known] / self.share.sum() * len(z)).to(z.dtype)])
+    weights = torch.cat([w, (self.share[known] / self.share.sum() * w.sum()).to(w.dtype)])
     z_all, groups_all = torch.cat([z, self.mean[known].to(z.dtype)]), torch.cat([groups, known])
     y = project_parity(z_all, groups_all, self.constraint.tol, self.bounds, n_groups=len(absent), weights=weights)
     return y[:len(z)]
@@ -233,7 +270,9 @@ class CvxFairnessLayer(nn.Module):
     """Projection on any convex constraint that cvxpy can parametrise, through cvxpylayers, compiled once per batch size.
 
     `constraints(v, mean)` gets a cvxpy variable `v [n]` and a list of affine expressions, `mean[g]` being the mean score of group g, and returns a list of cvxpy
-    constraints. Every group must be present in every batch (`ValueError` otherwise). Accuracy is the solver's: about 1e-5 by default, see `solver_args`."""
+    constraints. Every group must be present in every batch (`ValueError` otherwise). Accuracy is the solver's: about 1e-5 by default, see `solver_args`.
+
+    Example: `CvxFairnessLayer(lambda v, mean: [mean[1] - mean[0] <= .1], 2)(torch.tensor([.2, .8]), torch.tensor([0, 1]))` gives `[.45, .55]`."""
 
     def __init__(
         self,
@@ -273,13 +312,15 @@ _all_ = ["OnlinePrimalDual", "StreamingParity"]
 # %% ../nbs/ch01_fairness_layer.ipynb #ebf40fb9
 import time
 
-# %% ../nbs/ch01_fairness_layer.ipynb #70aee5ff
+# %% ../nbs/ch01_fairness_layer.ipynb #3e2468f6
 METHODS = ("plain", "projection", "penalty", "augmented_lagrangian", "penalty_projection", "layer")
 
-
+# %% ../nbs/ch01_fairness_layer.ipynb #70aee5ff
 @dataclass(frozen=True)
 class ParityFit:
-    "A trained network with what it does at prediction time."
+    """A trained network with what it does at prediction time.
+
+    Example: `x, s = torch.randn(8, 1), torch.arange(8) % 2; len(fit_parity(nn.Linear(1, 1), x, x[:, 0], s, FairnessLayer(DemographicParity(.1)), epochs=3).losses)` gives `3`."""
     model: nn.Module              # maps features [n, d] to raw scores [n] or [n, 1]
     layer: FairnessLayer          # the layer it was trained for
     method: str                   # one of the six methods
@@ -314,9 +355,11 @@ def _batch_loss(fit, X, y, groups, rho, lam, anchor):
     return loss + anchor * (raw - out.detach()).square().mean()
 
 # %% ../nbs/ch01_fairness_layer.ipynb #6a19f57a
-def _check_training(method, X, y):
+def _check_training(method, X, y, **counts):
     if method not in METHODS: raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if y.shape != X.shape[:1]: raise ValueError(f"y must have shape {tuple(X.shape[:1])}, got {tuple(y.shape)}; for [n, 1] pass y.squeeze(-1)")
+    for name, (value, least) in counts.items():
+        if value < least: raise ValueError(f"{name} must be at least {least}, got {value}")
 
 # %% ../nbs/ch01_fairness_layer.ipynb #24be9fb2
 def fit_parity(
@@ -329,23 +372,24 @@ def fit_parity(
     method: str = "layer",               # one of METHODS
     rho: float = 1.,                     # weight of the penalty, > 0
     anchor: float = 0.,                  # pull of raw scores towards projected ones: "What the layer does not see"
-    epochs: int = 20,                    # passes over the data
+    epochs: int = 20,                    # passes over the data; 0 returns the model as it came
     batch_size: int = 512,               # samples per step
     lr: float = 1e-3,                    # step size of Adam
     dual_every: int = 1,                 # epochs between two updates of the multipliers; more if an epoch has few batches
     seed: int = 0,                       # order of the samples
 ) -> ParityFit:
-    "Trains with squared loss, or cross-entropy if `layer.on` is 'probability' or 'logit'. Raises `ValueError` for an unknown method or misshapen targets."
-    _check_training(method, X, y)
+    """Trains with squared loss, or cross-entropy if `layer.on` is 'probability' or 'logit'. Raises `ValueError` for an unknown method, misshapen targets, and counts out of range.
+
+    Example: `x, s = torch.randn(8, 1), torch.arange(8) % 2; fit = fit_parity(nn.Linear(1, 1), x, x[:, 0], s, FairnessLayer(DemographicParity(.1))); DemographicParity(.1).violation(fit.predict(x, s), s) < 1e-6` gives `True`."""
+    _check_training(method, X, y, epochs=(epochs, 0), batch_size=(batch_size, 1), dual_every=(dual_every, 1))
     fit, opt = ParityFit(model, layer, method, [], 0.), torch.optim.Adam(model.parameters(), lr=lr)
     gen, lam, start = torch.Generator().manual_seed(seed), None, time.perf_counter()
     for epoch in range(epochs):
         model.train(), layer.train()
         for i in torch.randperm(len(X), generator=gen).split(batch_size):
             loss = _batch_loss(fit, X[i], y[i], groups[i], rho, lam, anchor)
-            opt.zero_grad(); loss.backward(); opt.step()
-            fit.losses.append(loss.item())
+            opt.zero_grad(); loss.backward(); opt.step(); fit.losses.append(loss.item())
         if method == "augmented_lagrangian" and (epoch + 1) % dual_every == 0:
-            c = layer.constraint.excess(fit.predict(X, groups, y), groups, y)
+            c = layer.constraint.excess(fit.predict(X, groups, y), groups, y).detach()
             lam = ((0. if lam is None else lam) + rho * c).clamp(min=0)
-    return replace(fit, seconds_per_epoch=(time.perf_counter() - start) / epochs)
+    return replace(fit, seconds_per_epoch=(time.perf_counter() - start) / max(epochs, 1))

@@ -32,7 +32,9 @@ def verdict(
 ) -> str:                        # "reproduced", "stronger", "differs" or "quoted"
     """The verdict that the numbers dictate (table above).
 
-    Raises `ValueError` for a non-finite number, a negative `tol` or an unknown `better`."""
+    Raises `ValueError` for a non-finite number, a negative `tol` or an unknown `better`.
+
+    Example: `verdict(.83, .81, tol=.03)` gives `'reproduced'`."""
     paper, tol = _number("paper", paper), _number("tol", tol)
     if tol < 0: raise ValueError(f"tol must be >= 0, got {tol}")
     if better not in ("lower", "higher", None): raise ValueError(f"better must be 'lower', 'higher' or None, got {better!r}")
@@ -72,7 +74,9 @@ def source_hash(
 ) -> str:         # 16 hexadecimal digits
     """Fingerprint of what `module` computes: comments, docstrings and blank lines do not count.
 
-    The same on every Python from 3.11. Raises `ValueError` if there is no such module."""
+    The same on every Python from 3.11. Raises `ValueError` if there is no such module.
+
+    Example: `len(source_hash("fairbook.metrics"))` gives `16`."""
     return _digest(_code(_source(module)))
 
 # %% ../nbs/lib_ledger.ipynb #fb020066
@@ -99,7 +103,9 @@ def _fingerprints(modules):
 # %% ../nbs/lib_ledger.ipynb #560c4437
 @dataclass(frozen=True, repr=False)
 class Record:
-    "One reproduction claim with its numbers, its verdict and the fingerprints of what made it."
+    """One reproduction claim with its numbers, its verdict and the fingerprints of what made it.
+
+    Example: `Ledger("ch01", record="all").claim("ch01.a", "It holds.", source="Table 1", paper=.5, ours=.52, tol=.05).verdict` gives `'reproduced'`."""
     id: str                    # "chNN.short-name"
     statement: str             # one sentence that the number supports
     source: str                # paper and table, or where else the published value stands
@@ -129,7 +135,9 @@ def _sealed(**fields): return Record(**fields, seal=_seal(fields))
 
 # %% ../nbs/lib_ledger.ipynb #01c3daf7
 def results_folder() -> Path:  # .../nbs/results, whether it exists yet or not
-    "The folder of result files of the book that surrounds the working directory. Raises `FileNotFoundError` outside a copy of the book."
+    """The folder of result files of the book that surrounds the working directory. Raises `FileNotFoundError` outside a copy of the book.
+
+    Example: `results_folder().name` gives `'results'`."""
     for root in (Path.cwd(), *Path.cwd().parents):
         if (root / "settings.ini").exists() and (root / "nbs").is_dir(): return root / "nbs" / "results"
     raise FileNotFoundError(f"no book around {Path.cwd()}: work inside a copy of it, or give `folder`")
@@ -139,7 +147,9 @@ def load_results(
     folder: str | Path | None = None,  # where the result files are; None: `results_folder()`
     chapter: str = "*",                # one chapter, "ch01", or all of them
 ) -> list[Record]:                     # in order of chapter, then as claimed
-    "The stored records. Raises `ValueError` with the name of a file that does not hold any."
+    """The stored records. Raises `ValueError` with the name of a file that does not hold any.
+
+    Example: `load_results("a folder without results")` gives `[]`."""
     out = []
     for file in sorted(Path(folder or results_folder()).glob(f"{chapter}.json")):
         try: out += [Record(**r) for r in json.loads(file.read_text(encoding="utf-8"))]
@@ -149,7 +159,9 @@ def load_results(
 
 # %% ../nbs/lib_ledger.ipynb #a5d9507e
 class Ledger:
-    "The claims of one chapter, compared with `folder/chapter.json`, or recorded into it."
+    """The claims of one chapter, compared with `folder/chapter.json`, or recorded into it.
+
+    Example: `book = Ledger("ch01", record="all"); book.claim("ch01.a", "It holds.", source="Table 1", paper=.5, ours=.52, tol=.05)` gives `ch01.a: ours 0.52, paper 0.5 (tolerance 0.05): reproduced`."""
     def __init__(self,
         chapter: str,                      # "ch01": file name, and prefix of every id
         folder: str | Path | None = None,  # None: `results_folder()`
@@ -184,7 +196,9 @@ def _said(id, chapter, statement, source, paper, tol, better, redo_tol):
 
 # %% ../nbs/lib_ledger.ipynb #94130592
 class StaleResult(AssertionError):
-    "A stored result does not fit the code, the setting or the data any more. The message says how to redo it."
+    """A stored result does not fit the code, the setting or the data any more. The message says how to redo it.
+
+    Example: `Ledger("ch00", record="").claim("ch00.a", "It holds.", source="Table 1", paper=.5, ours=.52, tol=.05)` raises `StaleResult`."""
 
 # %% ../nbs/lib_ledger.ipynb #fcec688e
 def _edited(id): return f"{id}: its numbers were edited: run `make results CH={id.split('.')[0]}`."
@@ -276,7 +290,9 @@ def table(self: Ledger,
 def stale(
     folder: str | Path | None = None,  # None: `results_folder()`
 ) -> list[str]:                        # one sentence per misfit; empty if all results are fresh
-    "Results that were edited, or whose code or verdict no longer fits. Reads files only, runs no experiment."
+    """Results that were edited, or whose code or verdict no longer fits. Reads files only, runs no experiment.
+
+    Example: `stale("a folder without results")` gives `[]`."""
     out = []
     for r in load_results(folder):
         if r.seal != _seal(asdict(r)):
@@ -292,7 +308,9 @@ def stale(
 def scoreboard(
     folder: str | Path | None = None,  # None: `results_folder()`
 ) -> pd.DataFrame:                     # one row per claim, with its numbers and its verdict
-    "Every claim of the book with its verdict. No row where nothing is recorded."
+    """Every claim of the book with its verdict. No row where nothing is recorded.
+
+    Example: `scoreboard()["verdict"].value_counts()`."""
     columns = ["chapter", "claim", "statement", "source", "paper", "ours", "tol", "better", "verdict"]
     rows = [dict(zip(("chapter", "claim"), r.id.split(".", 1))) | asdict(r) for r in load_results(folder)]
     return _Table(rows, columns=columns)

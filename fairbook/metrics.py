@@ -42,7 +42,9 @@ def _as_codes(name, x, size, n=None, device=None, least=0):
 # %% ../nbs/lib_metrics.ipynb #a4bf58c9
 @dataclass(frozen=True, eq=False)
 class GroupMeans:
-    "Mean of a quantity in each group, and the number of samples behind it."
+    """Mean of a quantity in each group, and the number of samples behind it.
+
+    Example: `group_means(torch.tensor([1., 3., 5.]), [0, 0, 1]).count` gives `[2, 1]`."""
     mean: Float[Tensor, "*batch G"]   # weighted mean, in the units of the values; NaN for a group without samples or weight
     count: Integer[Tensor, "G"]       # samples per group, weights ignored
 
@@ -72,7 +74,9 @@ def group_means(
 ) -> GroupMeans:                                   # `.mean [..., G]` in the dtype of `values`, `.count [G]`
     r"""Means $m_g = \sum_{i\in g} w_i v_i / \sum_{i\in g} w_i$, on the device of `values`, differentiable in
     `values` and `weights`. Raises `ValueError` for values that are not finite, codes out of range, weights
-    that are negative or of another length, values or weights that are no tensors. O(n + G)."""
+    that are negative or of another length, values or weights that are no tensors. O(n + G).
+
+    Example: `group_means(torch.tensor([1., 3., 5.]), [0, 0, 1]).mean` gives `[2., 5.]`."""
     _check_tensor("values", values)
     if not values.is_floating_point() or values.ndim == 0:
         raise ValueError(f"`values` must be floats of shape [..., n], got {values.dtype} of shape {list(values.shape)}: convert with `.float()`")
@@ -88,7 +92,9 @@ def group_means(
 # %% ../nbs/lib_metrics.ipynb #ea54fad2
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupMetric:
-    "One number about groups, with what it was computed from. `float(result)` gives the number."
+    """One number about groups, with what it was computed from. `float(result)` gives the number.
+
+    Example: `float(mean_gap(torch.tensor([1., 3., 5.]), [0, 0, 1]))` gives `3.`."""
     value: Float[Tensor, "*batch"]       # the metric; NaN if nothing could be compared
     by_group: Float[Tensor, "..."]       # the group means or rates that were compared; NaN where there was nothing to estimate from
     count: Integer[Tensor, "G ..."]      # samples behind each rate of `by_group`
@@ -118,7 +124,9 @@ def mean_gap(
     weights: Float[Tensor, "n"] | None = None,     # weight of each sample, >= 0; None: all equal
 ) -> GroupMetric:                                  # `.value [...]`, `.by_group [..., G]` the means, `.count [G]`
     r"""Gap $\max_g m_g - \min_g m_g$ over the groups that can be estimated; differentiable almost everywhere. O(n + G).
-    NaN if fewer than two can be. Raises `ValueError` as `group_means` does."""
+    NaN if fewer than two can be. Raises `ValueError` as `group_means` does.
+
+    Example: `mean_gap(torch.tensor([1., 3., 5.]), [0, 0, 1], n_groups=3)` gives `GroupMetric(value=3.0, n_groups=3, n_not_estimable=1)`."""
     m = group_means(values, groups, n_groups=n_groups, weights=weights)
     unknown = int(m.mean.reshape(-1, len(m.count))[:1].isnan().sum())
     return GroupMetric(_range(m.mean), m.mean, m.count, unknown)
@@ -132,7 +140,9 @@ def group_confusion(
     n_groups: int | None = None,      # G; give it whenever a group may be absent. None: largest code + 1
 ) -> Integer[Tensor, "G m m"]:        # entry [a, y, c]: members of group a with true class y that were predicted c
     """Counts behind every metric on decisions, on the device of `y_true`. O(n + G m^2).
-    Raises `ValueError` for codes out of range and for vectors of different lengths."""
+    Raises `ValueError` for codes out of range and for vectors of different lengths.
+
+    Example: `group_confusion([0, 1, 1], [0, 0, 1], [0, 0, 1])` gives `[[[1, 0], [1, 0]], [[0, 0], [0, 1]]]`."""
     y_true, m = _as_codes("y_true", y_true, n_classes, least=2)
     y_pred, k = _as_codes("y_pred", y_pred, n_classes, len(y_true), y_true.device, least=2)
     groups, G = _as_codes("groups", groups, n_groups, len(y_true), y_true.device)
@@ -143,7 +153,9 @@ def group_confusion(
 def confusion_rates(
     counts: Integer[Tensor, "*cells m"],   # counts of m outcomes, such as `group_confusion` returns
 ) -> Float[Tensor, "*cells m"]:            # float64; for a confusion tensor, P(prediction c | group a, true class y)
-    "Counts divided by their sum along the last dimension; NaN where there are none."
+    """Counts divided by their sum along the last dimension; NaN where there are none.
+
+    Example: `confusion_rates(torch.tensor([[1, 3], [2, 0]]))` gives `[[.25, .75], [1., 0.]]`."""
     return counts / counts.sum(-1, keepdim=True).double()   # 0 / 0 = NaN, which is what we mean
 
 # %% ../nbs/lib_metrics.ipynb #28b277a7
@@ -164,7 +176,9 @@ def demographic_parity(
     n_groups: int | None = None,      # G; give it whenever a group may be absent. None: largest code + 1
     convention: str = "pairwise",     # "pairwise": furthest two groups; "population": group furthest from everybody
 ) -> GroupMetric:                     # `.by_group [G, m]` estimates P(prediction c | group a), `.count [G]`
-    "Departure from demographic parity, 0 to 1. Equals fairlearn's `demographic_parity_difference` for two classes. O(n)."
+    """Departure from demographic parity, 0 to 1. Equals fairlearn's `demographic_parity_difference` for two classes. O(n).
+
+    Example: `float(demographic_parity([1, 0, 1, 1], [0, 0, 1, 1]))` gives `.5`."""
     y_pred, _ = _as_codes("y_pred", y_pred, n_classes, least=2)
     counts = group_confusion(y_pred, y_pred, groups, n_classes=n_classes, n_groups=n_groups).sum(1)
     return _disparity(confusion_rates(counts), confusion_rates(counts.sum(0)), counts.sum(1), convention)
@@ -179,7 +193,9 @@ def equal_opportunity(
     n_groups: int | None = None,      # G; give it whenever a group may be absent. None: largest code + 1
     convention: str = "pairwise",     # "pairwise" or "population"
 ) -> GroupMetric:                     # `.by_group [G, k]` and `.count [G, k]`: recall and size of the k classes compared
-    "Departure from equal recall, 0 (none) to 1. Equals fairlearn's `equal_opportunity_difference` for two classes. O(n)."
+    """Departure from equal recall, 0 (none) to 1. Equals fairlearn's `equal_opportunity_difference` for two classes. O(n).
+
+    Example: `float(equal_opportunity([1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 1, 1]))` gives `.5`."""
     confusion = group_confusion(y_true, y_pred, groups, n_classes=n_classes, n_groups=n_groups)
     m = confusion.shape[1]
     if positive not in (None, *range(m)): raise ValueError(f"`positive` must be None or a class in 0 .. {m - 1}, got {positive}")
@@ -196,7 +212,9 @@ def equalized_odds(
     n_groups: int | None = None,      # G; give it whenever a group may be absent. None: largest code + 1
     convention: str = "pairwise",     # "pairwise" or "population", inside each true class
 ) -> GroupMetric:                     # `.by_group [G, m, m]` estimates P(prediction c | group a, class y), `.count [G, m]`
-    "Departure from equalized odds, 0 (none) to 1. Equals fairlearn's `equalized_odds_difference` for two classes. O(n)."
+    """Departure from equalized odds, 0 (none) to 1. Equals fairlearn's `equalized_odds_difference` for two classes. O(n).
+
+    Example: `float(equalized_odds([1, 1, 0, 1, 0], [1, 0, 0, 1, 1], [0, 0, 0, 1, 1]))` gives `1.`."""
     confusion = group_confusion(y_true, y_pred, groups, n_classes=n_classes, n_groups=n_groups)
     return _disparity(confusion_rates(confusion), confusion_rates(confusion.sum(0)), confusion.sum(2), convention)
 
@@ -208,7 +226,9 @@ def worst_group_accuracy(
     *, n_classes: int | None = None,  # m; None: largest code + 1, at least 2
     n_groups: int | None = None,      # G; give it whenever a group may be absent. None: largest code + 1
 ) -> GroupMetric:                     # `.by_group [G]` accuracies, `.count [G]`
-    "Smallest accuracy among groups with samples, 0 to 1; NaN if there are none. Equals fairlearn's `group_min()`. O(n)."
+    """Smallest accuracy among groups with samples, 0 to 1; NaN if there are none. Equals fairlearn's `group_min()`. O(n).
+
+    Example: `float(worst_group_accuracy([1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]))` gives `.5`."""
     confusion = group_confusion(y_true, y_pred, groups, n_classes=n_classes, n_groups=n_groups)
     count = confusion.sum((1, 2))
     accuracy = confusion.diagonal(dim1=1, dim2=2).sum(1) / count.double()
@@ -218,7 +238,9 @@ def worst_group_accuracy(
 # %% ../nbs/lib_metrics.ipynb #dded09c8
 @dataclass(frozen=True)
 class Interval:
-    "Bootstrap percentile interval."
+    """Bootstrap percentile interval.
+
+    Example: `bootstrap_interval(lambda i: 1., n=5)` gives `Interval(low=1.0, high=1.0, n_not_estimable=0)`."""
     low: float               # lower end; NaN if no resample could be estimated
     high: float              # upper end; NaN if no resample could be estimated
     n_not_estimable: int     # resamples whose statistic was NaN and that were left out
@@ -232,7 +254,9 @@ def bootstrap_interval(
     level: float = .95,      # share of resamples inside, in (0, 1)
 ) -> Interval:               # the quantiles (1 - level) / 2 and (1 + level) / 2
     """Percentile bootstrap: sampling noise only, and for a gap near 0 biased upwards, as the gap itself is.
-    Raises `ValueError` for arguments out of range. Cost: `n_boot` calls of `stat`."""
+    Raises `ValueError` for arguments out of range. Cost: `n_boot` calls of `stat`.
+
+    Example: `x = torch.arange(100.); bootstrap_interval(lambda i: x[i].mean(), n=100).n_not_estimable` gives `0`."""
     if n < 1 or n_boot < 1 or not 0 < level < 1:
         raise ValueError(f"need n >= 1, n_boot >= 1 and 0 < level < 1, got {n=}, {n_boot=}, {level=}")
     g = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/lib_parity.ipynb #fb503830
+# %% ../nbs/lib_parity.ipynb #b44b1ec1
 _TINY = 1e-300
 
 
@@ -23,9 +23,16 @@ def _argsort(x, stable=False):
     if x.device.type != "cpu": return x.argsort(-1, stable=stable)
     return torch.from_numpy(np.argsort(x.numpy(), axis=-1, kind="stable" if stable else None))
 
-def _group_sum(x, groups, n_groups):
-    "Sum of `x [b, n]` over each group: [b, G]."
-    return x.new_zeros(len(x), n_groups).scatter_add_(-1, groups, x)
+def _flat(groups, n_groups):
+    "Index of each sample's group in a flattened `[b, G]`."
+    if len(groups) == 1: return groups
+    return groups + n_groups * torch.arange(len(groups), device=groups.device)[:, None]
+
+
+def _group_sum(x, at, n_groups):
+    "Sum of `x [b, n]` over each group, [b, G], with `at` from `_flat`; arrays or tensors."
+    if isinstance(x, np.ndarray): return np.bincount(at.ravel(), x.ravel(), len(x) * n_groups).reshape(len(x), n_groups)
+    return x.new_zeros(len(x) * n_groups).scatter_add(0, at.reshape(-1), x.reshape(-1)).view(len(x), n_groups)
 
 # %% ../nbs/lib_parity.ipynb #f8f43044
 def _kinks(z, w, groups, lo, hi, n_groups):
@@ -78,10 +85,10 @@ def _split_jump(before, after):
     theta = torch.where(phi_ > phi, phi / (phi - phi_), 0.).clamp(0, 1)
     return before + theta * (after - before)
 
-# %% ../nbs/lib_parity.ipynb #2dd8e32f
+# %% ../nbs/lib_parity.ipynb #515b6ea9
 def _piece(passed, g, t, steep, offset, start, W):
     "The line `W t = c + S a` that each group is on once the kinks in `passed` are behind us: c, S, and whether t < 0."
-    n = _group_sum(passed.to(t.dtype), g, W.shape[-1]).long()
+    n = _group_sum(passed.to(t.dtype), _flat(g, W.shape[-1]), W.shape[-1]).long()
     k = start + (n - 1).clamp(min=0)
     t_k = t.gather(-1, k)
     return torch.where(n > 0, offset.gather(-1, k), W * t_k), steep.gather(-1, k) * (n > 0), t_k < 0
@@ -106,46 +113,100 @@ def _shifts(z, w, groups, W, tol, lo, hi):
     if not straight.all(): ask = torch.where(straight, ask, _split_jump(ask, _demand(*_piece(level <= a + near, *lines), a)))
     return ask / W.clamp(min=_TINY)
 
-# %% ../nbs/lib_parity.ipynb #1b217cff
-def _settle(z, w, groups, W, tol, lo, hi, t):
-    "The shifts to the last digit, given shifts `t [b, G]` that are right up to rounding; also who is free, which groups move or pin, and q = W / f."
-    x = z + t.gather(-1, groups)
-    free = (x > lo) & (x < hi)
-    f = _group_sum(torch.where(free, w, 0.), groups, W.shape[-1])
-    c = _group_sum(w * torch.where(free, z, x.clamp(lo, hi)), groups, W.shape[-1])
-    t = torch.where(t.abs() < 1e-200, 0., t)                                             # the artificial kinks have done their work
-    gap = tol * (t < 0).to(t.dtype)
-    moves, pins = (t != 0) & (f > 0), (t != 0) & (f == 0)
-    q = torch.where(moves, W / f, 0.)
-    a = (q * (c - W * gap)).sum(-1, keepdim=True) / (W * q).sum(-1, keepdim=True)
-    pinned_at = torch.where(pins, c / W - gap, -torch.inf).amax(-1, keepdim=True)
-    a = torch.where(pins.any(-1, keepdim=True), pinned_at, a)
-    return torch.where(moves, (W * (a + gap) - c) / f, t), free, moves, pins, q
+# %% ../nbs/lib_parity.ipynb #32c943ef
+def _arrays(*xs):
+    "Numpy views of tensors that lend their memory; the tensors themselves on a GPU, in a recorded graph or under vmap."
+    try: return [x.numpy() if torch.is_tensor(x) else x for x in xs]
+    except (RuntimeError, TypeError): return xs
 
-# %% ../nbs/lib_parity.ipynb #748b6b03
+
+def _where(x): return np.where if isinstance(x, np.ndarray) else torch.where
+
+# %% ../nbs/lib_parity.ipynb #9250bf39
+def _free_sums(z, w, at, n_groups, lo, hi, t):
+    "Weight of each sample if free, else 0; their sum f in each group; sum c of `w z` over the free and of `w` times the bound over the clipped ones."
+    x, where = z + t.take(at), _where(z)
+    free = (x > lo) & (x < hi)
+    kept = where(free, w, 0.)
+    return kept, _group_sum(kept, at, n_groups), _group_sum(w * where(free, z, x.clip(lo, hi)), at, n_groups)
+
+# %% ../nbs/lib_parity.ipynb #6d6776e1
+def _solve(f, c, W, tol, t, lifted, lowered):
+    "Shifts that satisfy (P.2) if the sums and signs are right, their level [b, 1], `1 / f` of the moving groups, and which groups pin."
+    moves, pins, gap = (lifted | lowered) & (f > 0), (lifted | lowered) & (f == 0), (tol + 0 * W) * lowered    # 0 * W: float64 in torch, too
+    r = moves / f.clip(min=_TINY)
+    q = W * r
+    a = (q * (c - W * gap)).sum(-1, keepdims=True) / (W * q).sum(-1, keepdims=True).clip(min=_TINY)
+    if pins.any():
+        where, amax = _where(f), np.amax if isinstance(f, np.ndarray) else torch.amax
+        a = where(pins.any(-1, keepdims=True), amax(where(pins, c / W.clip(min=_TINY) - gap, -math.inf), -1, keepdims=True), a)
+    return r * (W * (a + gap) - c) + t * pins, a, r, pins
+
+# %% ../nbs/lib_parity.ipynb #882432b8
+def _settle(z, w, at, W, tol, lo, hi, t):
+    "The shifts to the last digit, given shifts `t [b, G]` that are right up to rounding; also the sets on which the gradient depends."
+    t = _where(t)(abs(t) < 1e-200, 0., t)                                                # the artificial kinks have done their work
+    lifted, lowered = t > 0, t < 0
+    kept, f, c = _free_sums(z, w, at, W.shape[-1], lo, hi, t)
+    t, _, r, pins = _solve(f, c, W, tol, t, lifted, lowered)
+    return t, kept, r, lowered, pins
+
+# %% ../nbs/lib_parity.ipynb #e2d35d0a
+def _means_to_move(c, W, tol):
+    "Group means at rest with the lowest at -inf, the highest at inf, NaN where nothing moves; and a first guess of the level [b, 1]."
+    where, (amin, amax) = _where(c), (np.amin, np.amax) if isinstance(c, np.ndarray) else (torch.amin, torch.amax)
+    m, absent = c / W.clip(min=_TINY), W == 0
+    low, high = amin(where(absent, math.inf, m), -1, keepdims=True), amax(where(absent, -math.inf, m), -1, keepdims=True)
+    m_ = where(m == low, -math.inf, where(m == high, math.inf, m))
+    return where(absent | (high - low <= tol), math.nan, m_), c.sum(-1, keepdims=True) / W.sum(-1, keepdims=True) - tol / 2
+
+# %% ../nbs/lib_parity.ipynb #5f3e2856
+def _guess(z, w, at, W, tol, lo, hi, max_steps=8):
+    "What `_settle` returns, found by Newton's method and checked; None if that fails, and the sort has to decide."
+    t, near = 0. * W, 1e-13 * (hi - lo)
+    kept, f, c = _free_sums(z, w, at, W.shape[-1], lo, hi, t)
+    m, a = _means_to_move(c, W, tol)
+    for _ in range(max_steps):
+        lifted, lowered, last_t, last_a = m < a, m > a + tol, t, a
+        t, a, r, pins = _solve(f, c, W, tol, t, lifted, lowered)
+        if pins.any(): return None
+        if (abs(t - last_t) <= near).all() and (abs(a - last_a) <= near).all(): return t, kept, r, lowered, pins
+        kept, f, c = _free_sums(z, w, at, W.shape[-1], lo, hi, t)
+
+# %% ../nbs/lib_parity.ipynb #1b0a34b4
+def _pull(v, at, W, kept, r, lowered, pins, wants_tol=True):
+    "(P.3): the gradients in `z [b, n]` and in the tolerance [b, 1] (None if not wanted) from the gradient `v` in `y`."
+    where, any_in_row = _where(v), lambda x: x.any(-1, keepdims=True)
+    v, q = where(kept > 0, v, 0.), W * r
+    u, Q = _group_sum(v, at, W.shape[-1]), (W * q).sum(-1, keepdims=True)
+    fixed, Q = any_in_row(pins) | (Q == 0), Q.clip(min=_TINY)                            # the level does not move with z
+    c = where(fixed, 0., (u * q).sum(-1, keepdims=True) / Q)
+    grad_z = v + kept * ((c * W - u) * r).take(at)
+    if not wants_tol: return grad_z, None
+    level_grad = where(fixed, -1. * any_in_row(pins & lowered), -(W * q * lowered).sum(-1, keepdims=True) / Q)
+    return grad_z, (u * q * (level_grad + lowered)).sum(-1, keepdims=True)
+
+# %% ../nbs/lib_parity.ipynb #8a8f7662
 class _Parity(torch.autograd.Function):
     "Forward (P.2) and backward (P.3) on a batch `z [b, n]`, in float64."
     @staticmethod
     def forward(ctx, z, tol, w, groups, n_groups, lo, hi):
-        W = _group_sum(w, groups, n_groups)
-        t, *sets = _settle(z, w, groups, W, tol, lo, hi, _shifts(z, w, groups, W, tol, lo, hi))
-        ctx.save_for_backward(w, groups, W, t < 0, *sets)
-        return (z + t.gather(-1, groups)).clamp(lo, hi)
+        tol, at = tol.detach() if torch.is_tensor(tol) else tol, _flat(groups, n_groups)
+        z_, w_, at_, tol_, lo_, hi_ = _arrays(z.detach(), w, at, tol, lo, hi)
+        W_ = _group_sum(w_, at_, n_groups)
+        W = torch.as_tensor(W_)
+        found = _guess(z_, w_, at_, W_, tol_, lo_, hi_)
+        if found is None: found = _settle(z_, w_, at_, W_, tol_, lo_, hi_, *_arrays(_shifts(z.detach(), w, groups, W, tol, lo, hi)))
+        t, kept, r, lowered, pins = found
+        ctx.save_for_backward(at, W, *(torch.as_tensor(x) for x in (kept, r, lowered, pins)))
+        return torch.as_tensor((z_ + t.take(at_)).clip(lo_, hi_))
 
     @staticmethod
     def backward(ctx, v):
-        w, groups, W, lowered, free, moves, pins, q = ctx.saved_tensors
-        v = torch.where(free, v, 0.)
-        u, Q = _group_sum(v, groups, W.shape[-1]), (W * q).sum(-1, keepdim=True)
-        fixed = pins.any(-1, keepdim=True) | (Q == 0)                                    # the level does not move with z
-        c = torch.where(fixed, 0., (u * q).sum(-1, keepdim=True) / Q)
-        grad_z = v + free * w * ((c * W - u) * q / W.clamp(min=_TINY)).gather(-1, groups)
-        if not ctx.needs_input_grad[1]: return grad_z, None, None, None, None, None, None
-        level_grad = torch.where(fixed, -1. * (pins & lowered).any(-1, keepdim=True), -(W * q * lowered).sum(-1, keepdim=True) / Q)
-        grad_tol = (u * q * (level_grad + lowered)).sum(-1, keepdim=True)
-        return grad_z, grad_tol, None, None, None, None, None
+        grads = _pull(*_arrays(v, *ctx.saved_tensors), ctx.needs_input_grad[1])
+        return *(None if x is None else torch.as_tensor(x) for x in grads), None, None, None, None, None
 
-# %% ../nbs/lib_parity.ipynb #4dd45dc9
+# %% ../nbs/lib_parity.ipynb #fcceb7ab
 def _check_scores(z, groups, n_groups=None):
     "Raises `ValueError` for scores and groups that have no meaning; returns the number of groups."
     if not torch.is_tensor(z) or not z.is_floating_point(): raise ValueError(f"z must be a float32 or float64 tensor, got {z.dtype if torch.is_tensor(z) else type(z).__name__}; convert it with torch.as_tensor(z).float()")
@@ -154,20 +215,21 @@ def _check_scores(z, groups, n_groups=None):
     if z.ndim == 0 or groups.shape not in (z.shape, z.shape[-1:]):
         raise ValueError(f"groups must have shape {tuple(z.shape)} or {tuple(z.shape[-1:])} to fit z, got {tuple(groups.shape)}; for a network output [n, 1] pass z.squeeze(-1)")
     if z.ndim > 1 and z.shape[-1] == 1 < len(z): raise ValueError(f"z has shape {tuple(z.shape)}: {len(z)} batches of one score each, which no constraint can move; pass z.squeeze(-1)")
-    if z.numel() and not torch.isfinite(z.detach().sum()) and not torch.isfinite(z).all():
+    if not math.isfinite(z.detach().sum()) and not torch.isfinite(z).all():
         raise ValueError(f"z holds {int((~torch.isfinite(z)).sum())} NaN or infinite values of {z.numel()}; find the step that made them, a projection cannot repair them")
     if not z.numel(): return n_groups or 1
-    low, high = (int(x) for x in groups.aminmax())
+    low, high = (x.item() for x in groups.aminmax())
     if low < 0 or (n_groups is not None and high >= n_groups):
         raise ValueError(f"groups must lie in 0..{'' if n_groups is None else n_groups - 1}, got values from {low} to {high}; re-index them or raise n_groups")
     return high + 1 if n_groups is None else n_groups
 
-# %% ../nbs/lib_parity.ipynb #97483ce1
+# %% ../nbs/lib_parity.ipynb #8f8af49f
 def _check_bounds(bounds):
     "The box as two floats, infinite where there is none."
-    lo, hi = (-math.inf, math.inf) if bounds is None else (float(b) for b in bounds)
-    if not lo < hi: raise ValueError(f"bounds must be (low, high) with low < high, got ({lo}, {hi})")
-    return lo, hi
+    try: lo, hi = (-math.inf, math.inf) if bounds is None else (float(b) for b in bounds)
+    except (TypeError, ValueError, RuntimeError): lo = hi = math.nan                      # not a pair of numbers
+    if lo <= hi and lo < math.inf and hi > -math.inf: return lo, hi
+    raise ValueError(f"bounds must be (low, high) with low < high or low == high, got {bounds}; use -inf/inf for an open side")
 
 
 def _check_tol(tol, batch_shape=()):
@@ -178,9 +240,10 @@ def _check_tol(tol, batch_shape=()):
     if not (tol >= 0).all() or tol.isinf().any(): raise ValueError(f"tol must be finite and >= 0, got {tol.min().item()}; it is a largest allowed gap, in units of z")
     return tol.expand(batch_shape).reshape(-1, 1)
 
-# %% ../nbs/lib_parity.ipynb #126bbc5f
+# %% ../nbs/lib_parity.ipynb #de228a76
 def _check_weights(weights, z):
-    "Positive weights that fit the scores, without their gradient."
+    "Positive weights that fit the scores, without their gradient; or a `ValueError`."
+    if not torch.is_tensor(weights): raise ValueError(f"weights must be a tensor, got {type(weights).__name__}; convert it with torch.as_tensor(weights)")
     if weights.shape not in (z.shape, z.shape[-1:]): raise ValueError(f"weights must have shape {tuple(z.shape)} or {tuple(z.shape[-1:])} to fit z, got {tuple(weights.shape)}")
     if not (weights > 0).all() or weights.isinf().any(): raise ValueError(f"weights must be positive and finite, got a smallest weight of {weights.min().item()}; leave out samples that do not count")
     return weights.detach()
@@ -192,13 +255,13 @@ def _finite_box(z, lo, hi):
     low, high = z.detach().amin(-1, keepdim=True), z.detach().amax(-1, keepdim=True)
     return (2 * low.clamp(max=hi) - high - 1 if lo == -math.inf else low * 0 + lo), (2 * high.clamp(min=lo) - low + 1 if hi == math.inf else low * 0 + hi)
 
-# %% ../nbs/lib_parity.ipynb #47dd6426
+# %% ../nbs/lib_parity.ipynb #6b44340d
 @torch.compiler.disable
 def project_parity(
     z: Float[Tensor, "*batch n"],                       # raw scores, any real numbers, float32 or float64
     groups: Int[Tensor, "..."],                         # group of each score, in 0..n_groups-1; shape of `z` or `[n]`
     tol: float | Float[Tensor, "..."] = 0.,             # largest allowed gap between two group means, >= 0, in units of `z`; may require a gradient
-    bounds: tuple[float, float] | None = None,          # box (low, high) for every score; either may be infinite
+    bounds: tuple[float, float] | None = None,          # box (low, high) for every score, low <= high; either may be infinite
     *,
     n_groups: int | None = None,                        # number of groups G, default `groups.max() + 1`; an absent group is no constraint
     weights: Float[Tensor, "..."] | None = None,        # positive weight of each score in the distance and in the means; shape of `z` or `[n]`
@@ -206,9 +269,10 @@ def project_parity(
     """Exact Euclidean projection on demographic parity in expectation, `max_g mean_g - min_g mean_g <= tol`, and the box: (P.1) by Theorem 1 of chapter 1.
 
     Differentiable in `z` and in `tol` by (P.3), twice (the second derivative is zero almost everywhere); not in `weights`. Each row of a batch is
-    projected on its own. A `torch.compile`d model breaks its graph here and runs this function eagerly: the sort goes through numpy on the CPU.
+    projected on its own. A `torch.compile`d model breaks its graph here and runs this function eagerly: on the CPU it goes through numpy.
     Raises `ValueError` for NaN or infinite scores, wrong shapes or types, groups out of range, `tol < 0`, reversed bounds, weights that are not positive.
-    Cost: three sorts of 2n + 2G numbers, O(n log n) time and O(n) memory per row, float64 inside.
+    Cost: mostly two to four passes over n numbers; where a group is pinned, or the guess fails otherwise, three sorts of 2n + 2G numbers as well.
+    At worst O(n log n) time, and O(n) memory, per row; float64 inside.
 
     Example: `project_parity(torch.tensor([.2, .4, .9, .7]), torch.tensor([0, 0, 1, 1]), tol=.1)` gives `[.4, .6, .7, .5]`."""
     n_groups = _check_scores(z, groups, n_groups)
@@ -218,13 +282,15 @@ def project_parity(
     rows = z.reshape(-1, z.shape[-1]).double()
     spread = lambda x: x.expand(z.shape).reshape(rows.shape)
     w = torch.ones_like(rows) if weights is None else spread(_check_weights(weights, z)).double()
-    y = _Parity.apply(rows, tol, w, spread(groups.long()), n_groups, *_finite_box(rows, lo, hi))
+    y = 0 * rows + 0 * tol + lo if lo == hi else _Parity.apply(rows, tol, w, spread(groups.long()), n_groups, *_finite_box(rows, lo, hi))
     return y.reshape(z.shape).to(z.dtype)
 
 # %% ../nbs/lib_parity.ipynb #7d86185f
 @dataclass(frozen=True)
 class ParityResidual:
-    "How far scores are from solving (P.1); all zero at the projection, up to rounding."
+    """How far scores are from solving (P.1); all zero at the projection, up to rounding.
+
+    Example: `parity_residual(torch.tensor([.4, .6, .7, .5]), torch.tensor([.2, .4, .9, .7]), torch.tensor([0, 0, 1, 1]), tol=.1).balance` gives `0.`."""
     excess: float        # largest violation of the gap and of the box, in units of `z`
     stationarity: float  # largest disagreement between the shifts of one group, or a shift that its level does not allow
     balance: float       # |sum_g W_g t_g| divided by the total weight
@@ -246,7 +312,9 @@ def parity_residual(
     weights: Float[Tensor, "n"] | None = None,  # as for `project_parity`
     eps: float | None = None,                   # how near counts as "at a bound or level"; default 1e-8, for float32 1e-5
 ) -> ParityResidual:                            # residuals of the conditions of Theorem 1; needs no solver
-    """Certificate for `project_parity`: the conditions (P.2), evaluated from the scores alone. Raises `ValueError` for misshapen input. O(n G)."""
+    """Certificate for `project_parity`: the conditions (P.2), evaluated from the scores alone. Raises `ValueError` for misshapen input. O(n G).
+
+    Example: `parity_residual(torch.tensor([.2, .8]), torch.tensor([.2, .8]), torch.tensor([0, 1]), tol=.1).excess` gives `.5`."""
     _check_scores(z, groups)
     if y.shape != z.shape: raise ValueError(f"y must have the shape of z, {tuple(z.shape)}, got {tuple(y.shape)}")
     eps = (1e-5 if y.dtype == torch.float32 else 1e-8) if eps is None else eps

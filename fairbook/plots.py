@@ -29,7 +29,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def group_color(
     g: SupportsIndex,  # group number, 0 or more
 ) -> str:              # "#rrggbb"
-    "The colour of group `g`, the same in every chapter; repeats after 7. Raises `ValueError` if `g` is negative."
+    """The colour of group `g`, the same in every chapter; repeats after 7. Raises `ValueError` if `g` is negative.
+
+    Example: `group_color(0)` gives `'#1f7fc4'`."""
     if index(g) < 0: raise ValueError(f"group numbers start at 0, got {index(g)}")
     return PALETTE[index(g) % len(PALETTE)]
 
@@ -37,7 +39,9 @@ def group_color(
 def group_marker(
     g: SupportsIndex,  # group number, 0 or more
 ) -> str:              # a matplotlib marker
-    "The marker of group `g`; repeats after 6, together with `group_color` after 42. Raises `ValueError` if `g` is negative."
+    """The marker of group `g`; repeats after 6, together with `group_color` after 42. Raises `ValueError` if `g` is negative.
+
+    Example: `group_marker(1)` gives `'s'`."""
     if index(g) < 0: raise ValueError(f"group numbers start at 0, got {index(g)}")
     return MARKERS[index(g) % len(MARKERS)]
 
@@ -61,7 +65,9 @@ def _double_density():
 
 # %% ../nbs/lib_plots.ipynb #5156e1dd
 class use_style:
-    "Switch matplotlib to the style of the book, for good or for the length of a `with` block."
+    """Switch matplotlib to the style of the book, for good or for the length of a `with` block.
+
+    Example: `with use_style("dark"): figure()`."""
     def __init__(self,
         mode: str = "auto",  # "auto": transparent, for light and dark pages; "light" or "dark": with the page's background
     ):
@@ -86,7 +92,9 @@ def figure(
     height: float | int | None = None,  # inches; None: by the golden section, from the width of one panel
     **kwargs: Any,                # passed to `plt.subplots`
 ) -> tuple:                       # figure and axes, as from `plt.subplots`
-    "A figure of one of the book's two widths. Raises `ValueError` for another width."
+    """A figure of one of the book's two widths. Raises `ValueError` for another width.
+
+    Example: `fig, ax = figure(2); len(ax)` gives `2`."""
     widths = {"text": 6.4, "wide": 9.}
     if width not in widths: raise ValueError(f"width must be 'text' or 'wide', got {width!r}")
     if height is None: height = nrows * max(2.6, .618 * widths[width] / ncols)
@@ -105,7 +113,9 @@ def show_animation(
     anim: Animation,      # a matplotlib animation; its figure is closed
     max_mb: float = 2.0,  # largest size of the page fragment, in 10^6 bytes
 ) -> HTML:                # frames and controls in one fragment that needs nothing from elsewhere
-    "An animation that plays without Python. Raises `ValueError` if it is larger than `max_mb`. Cost: one drawing per frame."
+    """An animation that plays without Python. Raises `ValueError` if it is larger than `max_mb`. Cost: one drawing per frame.
+
+    Example: `from matplotlib.animation import FuncAnimation; fig, ax = figure(); show_animation(FuncAnimation(fig, lambda k: ax.plot([0, k]), 2))`."""
     fig, fps = anim._fig, 1000 / anim._interval
     with TemporaryDirectory() as folder:
         file = Path(folder, "anim.html")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvergenceWarning', 'project_rows', 'RowProjection', 'solve_rows']
 
-# %% ../nbs/lib_projection.ipynb #7f388efb
+# %% ../nbs/lib_projection.ipynb #ceab3f91
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.linalg.lapack import dposv
+from scipy.linalg.lapack import dposv, dpotrf, dpotrs
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -42,92 +42,145 @@ def _residual(p, lam):
     By = p.B @ p.y(lam)
     return float((By - (By + lam).clamp(p.lower, p.upper)).abs().amax())
 
-# %% ../nbs/lib_projection.ipynb #2793408d
-def _exact_step(at, rate, weight, low, high, linear=0., square=0.):
-    "The t >= 0 that minimises the convex function with slope sum_i w_i c_i clip(a_i + t c_i, low_i, high_i) + linear + t square. Numpy, O(n log n)."
+# %% ../nbs/lib_projection.ipynb #2e386ec0
+def _clip(x, low, high):
+    "`np.clip` without its overhead, which small arrays notice."
+    return np.minimum(np.maximum(x, low), high)
+
+# %% ../nbs/lib_projection.ipynb #0cca11d4
+def _exact_step(at, rate, weight, ends, linear=0., square=0.):
+    "The t >= 0 that minimises the convex function with slope sum_i w_i c_i clip(a_i + t c_i, *ends_i) + linear + t square. Numpy, O(n log n)."
     pull = weight * rate
-    value = pull * at.clip(low, high)
-    start, after = value.sum() + linear, pull @ (at + rate).clip(low, high) + linear + square
+    value = pull * _clip(at, *ends)
+    start, after = value.sum() + linear, pull @ _clip(at + rate, *ends) + linear + square
     if start >= -1e-15 * (np.abs(value).sum() + abs(linear)): return 0.
     if abs(after) <= -1e-9 * start: return 1.                           # Newton's step stayed on its piece
     base, start, reach = (1., after, np.finfo(float).max) if after < 0 else (0., start, 1.)
-    with np.errstate(divide="ignore", invalid="ignore"): to_low, to_high = (low - at) / rate, (high - at) / rate
-    t, bend = np.concatenate([np.minimum(to_low, to_high), np.maximum(to_low, to_high)]) - base, pull * rate
-    bend = np.concatenate([bend, -bend])                                # change of the second derivative at each t
-    ahead, first = (t > 0) & (t <= reach), bend[t <= 0].sum() + square
-    order = t[ahead].argsort()
-    t, bend = np.r_[0., t[ahead][order]], np.r_[first, bend[ahead][order]].cumsum()
-    slope = start + np.r_[0., (bend[:-1] * np.diff(t)).cumsum()]
-    i = int(np.append(slope >= -1e-13 * abs(start), True).argmax()) - 1     # last bend before the slope turns positive
-    if i < 0: return base
-    if i == len(t) - 1 and bend[i] <= 1e-14 * bend.max(): return float("inf") if base else 1.
-    return base + float(min(t[i] - slope[i] / bend[i], t[i + 1] if i < len(t) - 1 else reach))
+    with np.errstate(all="ignore"): bends = (ends - at) / rate          # [2, n]: when each term meets its low and its high end
+    past, curve = bends <= base, pull * np.abs(rate)
+    inside = past[0] ^ past[1]
+    ahead = (~past & (bends <= reach)).ravel().nonzero()[0]
+    ahead = ahead[bends.ravel()[ahead].argsort()]
+    t, second = np.empty((2, len(ahead) + 1))
+    t[0], t[1:] = base, bends.ravel()[ahead]
+    second[0], second[1:] = (pull * rate) @ inside + square, np.concatenate([curve, -curve])[ahead]
+    second = second.cumsum()                                            # of phi, after each bend
+    slope = start + (second[:-1] * (t[1:] - t[:-1])).cumsum()
+    above = slope >= -1e-13 * abs(start)
+    i = int(above.argmax()) if above.any() else len(ahead)              # the zero lies between the bends i and i + 1
+    if i == len(ahead) and second[i] <= 1e-14 * second.max(): return float("inf") if base else 1.
+    return float(min(t[i] - (slope[i - 1] if i else start) / second[i], t[i + 1] if i < len(ahead) else reach))
 
-# %% ../nbs/lib_projection.ipynb #4d21ea9f
-def _direction(p, lam, y, s0, free, delta, rounds):
-    "Downhill direction for (R.6) with `free` samples; one round is Newton's. O(n K^2 + rounds K^3)."
-    G, B_y, lower, upper, s0, start = (t.cpu().numpy() for t in ((p.B * free) @ p.B.mT, p.B @ y, p.lower, p.upper, s0, lam))
-    x, slope, shift, weight = start, -B_y, 1e-10 * max(G.trace() / len(G), 1e-8), np.full_like(start, delta)
+# %% ../nbs/lib_projection.ipynb #df67dad5
+class _Arrays:
+    "The scaled problem for the solver: numpy arrays, products with B, and the Gram matrix of the free samples."
+    def __init__(self, p):
+        self.B, self.device, self.lo, self.hi = (p.B.numpy() if p.B.device.type == "cpu" else p.B), p.B.device, p.lo, p.hi
+        self.samples, self.peak, (self.z, self.lower, self.upper) = p.B.mT, 0., (t.cpu().numpy() for t in p[:1] + p[2:4])
+        self.free, self.kept = np.zeros(len(self.z), dtype=bool), np.zeros((len(self.lower),) * 2)
+
+    def times(self, y): return self.B @ y if self.device.type == "cpu" else (self.B @ torch.as_tensor(y, device=self.device)).cpu().numpy()
+    def back(self, lam): return lam @ self.B if self.device.type == "cpu" else (torch.as_tensor(lam, device=self.device) @ self.B).cpu().numpy()
+
+    def fresh(self, mask):
+        "B B^T over the samples in `mask`."
+        C, chosen = self.samples, mask.nonzero()[0]
+        if len(chosen) < len(mask): C = C.index_select(0, torch.as_tensor(chosen, device=self.device))
+        return C.numpy().T @ C.numpy() if C.device.type == "cpu" else (C.mT @ C).cpu().numpy()
+
+# %% ../nbs/lib_projection.ipynb #8de27914
+def _gram(p, free):
+    "B B^T over the free samples, from the last one and what has changed."
+    if 2 * (free ^ p.free).sum() > free.sum():
+        p.free, p.peak = np.full_like(free, 2 * free.sum() > len(free)), 0.
+        p.kept = p.fresh(p.free)
+    came, left = free & ~p.free, p.free & ~free
+    if came.any(): p.kept = p.kept + p.fresh(came)
+    if left.any(): p.kept = p.kept - p.fresh(left)
+    p.free, p.peak = free, max(p.peak, p.kept.trace())
+    if p.kept.trace() < 1e-3 * p.peak: p.kept, p.peak = p.fresh(free), 0.
+    return p.kept
+
+# %% ../nbs/lib_projection.ipynb #5ac15e31
+def _direction(G, ends, lam, By, s0, delta, rounds):
+    "Downhill direction for (R.6), with the Gram matrix G of the free samples and ends = [lower, upper]; one round is Newton's. O(rounds K^3)."
+    x, slope, shift, weight = lam, -By, 1e-10 * max(G.trace() / len(G), 1e-8), np.full(len(G), delta)
     for k in range(rounds):
         at = s0 + x / delta
-        gradient = slope + at.clip(lower, upper)
+        gradient = slope + _clip(at, *ends)
         size = np.abs(gradient).max()
-        if k == 0: wanted = .1 * size
+        if k == 0: wanted = .3 * size
         elif size <= wanted: break
-        d = -dposv(G + np.diag(((at > lower) & (at < upper)) / delta + shift), gradient)[1]
+        H = G.copy()
+        H.flat[::len(G) + 1] += ((at > ends[0]) & (at < ends[1])) / delta + shift
+        d = -dposv(H.T, gradient, overwrite_a=1)[1]                     # H.T is H in the order of memory that LAPACK expects
         Gd = G @ d
-        t = 1. if rounds == 1 else _exact_step(at, d / delta, weight, lower, upper, slope @ d, max(d @ Gd, 0.))
+        t = 1. if rounds == 1 else _exact_step(at, d / delta, weight, ends, slope @ d, max(d @ Gd, 0.))
         if t == float("inf") or (t == 0 and k == 0): x = x + d
         if t in (0, float("inf")): break
         x, slope = x + t * d, slope + t * Gd
-    return torch.as_tensor(x - start, device=lam.device)
+    return x - lam
 
-# %% ../nbs/lib_projection.ipynb #899bf15f
+# %% ../nbs/lib_projection.ipynb #258654e9
+def _solver(G):
+    "Solves with G: by Cholesky where its pivots show full rank, else by the pseudo-inverse."
+    L, info = dpotrf(G.T, lower=1)
+    if len(G) and info == 0 and L.diagonal().min() > 1e-4 * L.diagonal().max(): return lambda b: dpotrs(L, b, lower=1)[0]
+    values, vectors = np.linalg.eigh(G)
+    keep = values > 1e-13 * np.abs(values).max(initial=0.)
+    return lambda b: vectors[:, keep] @ (b @ vectors[:, keep] / values[keep])
+
+# %% ../nbs/lib_projection.ipynb #35f540ce
 def _polish(p, lam, active, target, goal):
     "Solve (R.4) on a guessed set of active rows, adding rows that turn out violated: (residual, multipliers, active rows, bounds they meet)."
-    best, piece = (float("inf"), lam, active, target), None
+    best, last, lam = (float("inf"), lam, active, target), None, np.where(active, lam, 0.)
+    w = p.z - p.back(lam)
+    By = p.times(_clip(w, p.lo, p.hi))
     for _ in range(6):
-        lam = torch.where(active, lam, 0.)
-        w = p.z - p.B.mT @ lam
-        now = torch.cat([(w > p.lo) & (w < p.hi), active])
-        if piece is None or not torch.equal(now, piece):
-            piece, BA = now, p.B * active[:, None]
-            inverse = torch.linalg.pinv((BA * now[:len(w)]) @ BA.mT, hermitian=True, rtol=1e-13)
-        miss = torch.where(active, p.B @ w.clamp(p.lo, p.hi) - target, 0.)
-        lam = torch.where(active, lam + inverse @ miss, 0.)
-        if (residual := _residual(p, lam)) < best[0]: best = (residual, lam, active, target)
+        free = (w > p.lo) & (w < p.hi)
+        if last is None or (free != last).any(): G, last, solve = p.fresh(free), free, None
+        if solve is None: solve = _solver(G[np.ix_(active, active)])
+        lam = lam.copy()
+        if active.any(): lam[active] += solve((By - target)[active])
+        w = p.z - p.back(lam)
+        By = p.times(_clip(w, p.lo, p.hi))
+        residual = float(np.abs(By - _clip(By + lam, p.lower, p.upper)).max())
+        if residual < best[0]: best = (residual, lam, active, target)
         elif residual > 1e-12: break
         if residual <= goal: break
-        By = p.B @ p.y(lam)
         out = ((By > p.upper) | (By < p.lower)) & ~active
-        active, target = active | out, torch.where(out, By.clamp(p.lower, p.upper), target)
+        if out.any(): active, target, solve = active | out, np.where(out, _clip(By, p.lower, p.upper), target), None
     return best
 
-# %% ../nbs/lib_projection.ipynb #c5262703
-def _solve(p, max_iter, tol):
+# %% ../nbs/lib_projection.ipynb #5f046c6a
+def _solve(problem, max_iter, tol):
     "The best (residual, multipliers, active rows, bounds they meet) found, and the number of steps."
-    n, lam = len(p.z), p.z.new_zeros(len(p.B))
-    if not len(p.B): return (0., lam, lam > 0, lam), 0
-    low, high = (torch.cat([torch.full_like(p.z, box), side]) for box, side in ((p.lo, p.lower), (p.hi, p.upper)))
-    scale, delta, eps, last, stuck = max(1., float(p.z.abs().amax())), 1e-2, 1e-7, max_iter, False
-    s0, best, k = (p.B @ p.y(lam)).clamp(p.lower, p.upper), (float("inf"),), 0
+    n, K, result = len(problem.z), len(problem.B), lambda residual, *found: (residual, *(torch.as_tensor(t, device=problem.z.device) for t in found))
+    if not K: return result(0., np.zeros(0), np.zeros(0, dtype=bool), np.zeros(0)), 0
+    p, lam, weight = _Arrays(problem), np.zeros(K), np.ones(n + K)
+    ends = np.stack([np.append(np.full(n, box), side) for box, side in ((p.lo, p.lower), (p.hi, p.upper))])
+    scale, delta, eps, last, stuck = max(1., float(np.abs(p.z).max())), 1e-2, 1e-7, max_iter, False
+    s0, best, k = _clip(p.times(_clip(p.z, p.lo, p.hi)), p.lower, p.upper), (float("inf"),), 0
     while k < last:
         k += 1
-        at = torch.cat([p.z - p.B.mT @ lam, s0 + lam / delta])
-        x, free = at.clamp(low, high), (at > low) & (at < high)
-        if stuck or float((x[n:] - p.B @ x[:n]).abs().amax()) <= eps * scale:
+        at = np.concatenate([p.z - p.back(lam), s0 + lam / delta])
+        x, free = _clip(at, *ends), (at > ends[0]) & (at < ends[1])
+        By = p.times(x[:n])
+        if stuck or np.abs(x[n:] - By).max() <= eps * scale:
             best = min(best, _polish(p, lam, ~free[n:], x[n:], 1e-14 * scale), key=lambda b: b[0])
             if best[0] <= 1e-3 * tol * scale: break
             if best[0] <= tol * scale: last = min(last, k + 20)
             s0, delta, eps, stuck = x[n:], max(delta / 10, 1e-8), max(eps / 10, 1e-12), False
             continue
-        d = _direction(p, lam, x[:n], s0, free[:n], delta, 4 * k if k % 10 else 1)
-        rate, weight = torch.cat([-p.B.mT @ d, d / delta]), torch.cat([torch.ones_like(p.z), torch.full_like(lam, delta)])
-        t = _exact_step(*(v.cpu().numpy() for v in (at, rate, weight, low, high)))
-        if t * float(d.abs().amax()) > 1e15 * scale: break               # the dual runs away: no y satisfies the rows
+        d = _direction(_gram(p, free[:n]), ends[:, n:], lam, By, s0, delta, 4 * k if k % 10 else 1)
+        weight[n:] = delta
+        t = _exact_step(at, np.concatenate([-p.back(d), d / delta]), weight, ends)
+        longest = t * np.abs(d).max()
+        if longest > 1e15 * scale: break                                # the dual runs away: no y satisfies the rows
         lam = lam + t * d
-        stuck = t * float(d.abs().amax()) <= 1e-15 * (1 + float(lam.abs().amax()))
-    return best if len(best) > 1 else (_residual(p, lam), lam, ~free[n:], x[n:]), k
+        stuck = longest <= 1e-15 * (1 + np.abs(lam).max())
+    if len(best) == 1: best = _residual(problem, torch.as_tensor(lam, device=problem.z.device)), lam, ~free[n:], x[n:]
+    return result(*best), k
 
 # %% ../nbs/lib_projection.ipynb #d3cfe392
 def _conflict(rows, lower, upper, lo, hi):
@@ -151,7 +204,9 @@ def _infeasible(total, violation, which, bounds, element):
 
 # %% ../nbs/lib_projection.ipynb #33abb1ed
 class ConvergenceWarning(UserWarning):
-    "The rows can be met, but the solver stopped before the tolerance. Cure: raise `max_iter`, or drop nearly redundant rows."
+    """A solver of the book stopped before its tolerance. The message says how far it came and what to try: for rows, raise `max_iter`, or drop nearly redundant ones.
+
+    Example: `import warnings; warnings.simplefilter("error", ConvergenceWarning)`."""
 
 # %% ../nbs/lib_projection.ipynb #e8cc7549
 def _converged(z, residual, tol):
@@ -174,19 +229,18 @@ def _project_one(z, rows, lower, upper, lo, hi, max_iter, tol, element=""):
     numbers = z.new_tensor(residual), torch.tensor(steps, device=z.device)
     return w.clamp(lo, hi), lam / length, (w > lo) & (w < hi), side, *numbers
 
-# %% ../nbs/lib_projection.ipynb #9307a542
+# %% ../nbs/lib_projection.ipynb #c67ca90b
 def _adjoint(rows, free, active, g_y, g_lam):
     "p and q of the transposed system (R.7), differentiable in everything that is not a mask; leading dimensions are batches. O(n K^2)."
-    BA = rows * active[..., None] * free[..., None, :]
-    length = BA.detach().norm(dim=-1)
-    length = torch.where(length > 0, length, 1.)
-    BA = BA / length[..., None]
-    inverse = torch.linalg.pinv(BA @ BA.mT, hermitian=True, rtol=1e-13)
-    p, q, wanted = free * g_y, torch.zeros_like(g_lam), active * g_lam / length
+    G = (rows * free[..., None, :]) @ rows.mT
+    length = G.detach().diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = active / torch.where(length > 0, length, 1.)
+    inverse = torch.linalg.pinv(G * scale[..., None] * scale[..., None, :], hermitian=True, rtol=1e-13)
+    p, q = free * g_y, torch.zeros_like(g_lam)
     for _ in range(2):
-        dq = (inverse @ ((BA @ p[..., None])[..., 0] - wanted)[..., None])[..., 0]
-        p, q = p - (BA.mT @ dq[..., None])[..., 0], q + dq
-    return p, q * active / length
+        dq = scale * (inverse @ (scale * ((rows @ p[..., None])[..., 0] - g_lam))[..., None])[..., 0]
+        p, q = p - free * (rows.mT @ dq[..., None])[..., 0], q + dq
+    return p, q
 
 # %% ../nbs/lib_projection.ipynb #e4bf00b2
 class _Project(torch.autograd.Function):
@@ -211,16 +265,19 @@ class _Project(torch.autograd.Function):
         g_rows = -(lam[..., None] * p[..., None, :] + q[..., None] * y[..., None, :]) if ctx.needs_input_grad[1] else None
         return p, g_rows, q * (side < 0), q * (side > 0), None, None, None, None
 
-# %% ../nbs/lib_projection.ipynb #81230a19
+# %% ../nbs/lib_projection.ipynb #c32f586a
 def _numbers(name, t):
     "ValueError unless `z` and `rows` are finite, `lower` below inf and `upper` above -inf."
+    if t.sum().isfinite(): return                                       # no nan and no inf, at the price of one sum
     bad = ~t.isfinite() if name in ("z", "rows") else t.isnan() | (t == (torch.inf if name == "lower" else -torch.inf))
     if bad.any(): raise ValueError(f"{name} contains {t[bad][0].item()} at {bad.nonzero()[0].tolist()}; drop or impute it before projecting")
 
-# %% ../nbs/lib_projection.ipynb #a2cede89
+# %% ../nbs/lib_projection.ipynb #36b20f63
 def _box(bounds):
     "The two ends of the box."
-    lo, hi = (-float("inf"), float("inf")) if bounds is None else map(float, bounds)
+    if bounds is None: return -float("inf"), float("inf")
+    try: lo, hi = map(float, bounds)
+    except (TypeError, ValueError): raise ValueError(f"bounds must be (low, high) with two numbers, got {bounds!r}; use -inf/inf for an open side, None for no box") from None
     if not lo <= hi or lo == float("inf") or hi == -float("inf"): raise ValueError(f"bounds must be (low, high) with low <= high, got ({lo}, {hi}); swap them")
     return lo, hi
 
@@ -246,7 +303,7 @@ def _check(z, rows, lower, upper, bounds):
         raise ValueError(f"lower must not exceed upper, got {lower[i].item():g} > {upper[i].item():g} in row {i[-1]}; swap them or widen the band")
     return z, rows, lower, upper, *_box(bounds)
 
-# %% ../nbs/lib_projection.ipynb #d5a73fb8
+# %% ../nbs/lib_projection.ipynb #e35682cd
 @torch.compiler.disable
 def project_rows(
     z: Float[Tensor, "*batch n"],                            # scores, finite
@@ -261,7 +318,9 @@ def project_rows(
     """The Euclidean projection (R.1), solved in float64 and cast back: its steps are decided by differences that float32 does not resolve.
 
     Differentiable, any number of times, in `z`, `lower`, `upper` and `rows` by (R.7); at kinks one of the one-sided answers. Batch elements are solved one after another, and `torch.compile` leaves the call alone.
-    Raises `ValueError` for bad input, and names rows that contradict each other: widen their bounds. Warns `ConvergenceWarning`. O(n K^2 + n log n) a step."""
+    Raises `ValueError` for bad input, and names rows that contradict each other: widen their bounds. Warns `ConvergenceWarning`. At most O(n K^2 + n log n) a step.
+
+    Example: `project_rows(torch.tensor([.8, .6]), torch.ones(1, 2), lower=0., upper=1.)` gives `[.6, .4]`."""
     if not z.numel(): return z
     args = _check(z, rows, lower, upper, bounds)
     y, _, _, _, residual, _ = _Project.apply(*args, max_iter, tol)
@@ -271,7 +330,9 @@ def project_rows(
 # %% ../nbs/lib_projection.ipynb #9492fb9c
 @dataclass(frozen=True)
 class RowProjection:
-    "What `solve_rows` found. Nothing in it carries a gradient."
+    """What `solve_rows` found. Nothing in it carries a gradient.
+
+    Example: `solve_rows(torch.tensor([.8, .6]), torch.ones(1, 2), lower=0., upper=1.).converged` gives `True`."""
     y: Float[Tensor, "*batch n"]             # the projection, float64
     lam: Float[Tensor, "*batch K"]           # multipliers: positive at `upper`, negative at `lower`, 0 for inactive rows; unique only if active rows are independent
     kkt_residual: Float[Tensor, "*batch"]    # violation of (R.3), for rows of length one
@@ -289,7 +350,9 @@ def solve_rows(
     max_iter: int = 200,                                     # largest number of steps
     tol: float = 1e-9,                                       # accepted KKT residual
 ) -> RowProjection:                                          # projection, multipliers, residual and number of steps
-    "`project_rows` without gradients, with its certificate. Same arguments, errors, warning and cost."
+    """`project_rows` without gradients, with its certificate. Same arguments, errors, warning and cost.
+
+    Example: `solve_rows(torch.tensor([.8, .6]), torch.ones(1, 2), lower=0., upper=1.).lam` gives `[.2]`."""
     args = _check(z.detach(), rows.detach(), *(torch.as_tensor(t).detach() for t in (lower, upper)), bounds)
     y, lam, _, _, residual, steps = _Project.forward(*args, max_iter, tol)
     return RowProjection(y, lam, residual, steps, _converged(args[0], residual, tol))

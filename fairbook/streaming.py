@@ -79,15 +79,27 @@ def _check_batch(z, groups, n_groups):
     if torch.is_tensor(z) and z.ndim != 1: raise ValueError(f"z must be one batch of scores [b], got shape {tuple(z.shape)}; for a network output [b, 1] pass z.squeeze(-1)")
     _check_scores(z, groups, n_groups)
 
+# %% ../nbs/lib_streaming.ipynb #d7d737ef
+class _Books(nn.Module):
+    "A module whose buffers stay in float64 under `.half()` or `.to(dtype)`, and move between devices as usual."
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, book in self._buffers.items():
+            if book.dtype != torch.float64: self._buffers[name] = exact[name].to(book.device)
+        return self
+
 # %% ../nbs/lib_streaming.ipynb #e9966fd4
-class OnlinePrimalDual(nn.Module):
+class OnlinePrimalDual(_Books):
     """The paper's scheme (S.1) for batches too small to be projected: `forward(z [b], groups [b])` returns scores `y [b]` and updates the price.
 
     In training, gradients reach `z` through the exact solution of the inner problem; keep one module for training
     and one for inference, each has its own price. What is bounded (Theorem 4) is `gap`, the mean of the batches'
     gaps weighted by batch size, over batches with two groups or more, and not the pooled gap: see
-    `StreamingParity`. State is in the `state_dict`. Raises `ValueError` for options out of range and for what
-    `project_parity` refuses. Cost per batch O(b log b), with a box O(b^2)."""
+    `StreamingParity`. State is in the `state_dict`, in float64 whatever `.to(dtype)` asks for. Raises `ValueError` for options out of range and for what
+    `project_parity` refuses. Cost per batch O(b log b), with a box O(b^2).
+
+    Example: `m = OnlinePrimalDual(2, tol=.1); [m(torch.tensor([.2, .8]), torch.tensor([0, 1])) for _ in range(3)][-1]` gives `[.5, .5]`."""
 
     def __init__(
         self,
@@ -165,16 +177,18 @@ def _debt(total, count, tol):
     return [n * (m - k) for n, m, k in zip(count, mean, _nearest_targets(mean, [n * n for n in count], tol))]
 
 # %% ../nbs/lib_streaming.ipynb #3f9faf49
-class StreamingParity(nn.Module):
+class StreamingParity(_Books):
     """Keeps the pooled gap of a stream near `tol`, at any batch size: `forward(z [b], groups [b])` returns scores `y [b]` by (S.6).
 
     One signed debt per group against a common level. Samples are treated in order, one by one: outputs do not
     depend on how the stream is cut into batches. The guarantee is Theorem 6, for the pooled gap of everything since
     the module was made, not for a batch. The first samples pass unchanged (but for the box), and so does a group as
     long as it is the only one: there is no gap to close. Gradients reach `z` with the shifts held fixed; the books
-    take no gradient. State (`total`, `count`) is in the `state_dict`: load it to resume. Raises `ValueError` for
+    take no gradient. State (`total`, `count`, always in float64) is in the `state_dict`: load it to resume. Raises `ValueError` for
     settings out of range and for what `project_parity` refuses, before any state changes. Cost O(G log G) per
-    sample, on the CPU."""
+    sample, on the CPU.
+
+    Example: `StreamingParity(2, tol=.1, step=.5)(torch.tensor([.2, .8, .2, .8]), torch.tensor([0, 1, 0, 1]))` gives `[.2, .8, .325, .625]`."""
 
     def __init__(
         self,

@@ -90,6 +90,59 @@ def test_tolerances_can_be_learned():
         assert torch.autograd.gradcheck(lambda t: make(t).project(z, g, y, (0., 1.)), tol)
 
 
+@pytest.mark.parametrize("make", [lambda t: DemographicParity(t, n_groups=4), EqualizedOdds, MarginalParity], ids=["parity", "odds", "marginal"])
+def test_a_learned_tolerance_belongs_to_the_layer(make):
+    z, g, y = batch(3)
+    layer = FairnessLayer(make(nn.Parameter(torch.tensor(.05))), (0., 1.))
+    assert [n for n, _ in nn.Sequential(layer).named_parameters()] == ["0.tol"] and layer.constraint.tol is layer.tol
+    opt, first = torch.optim.SGD(layer.parameters(), lr=1e-3), (layer(z, g, y) - z).square().sum()
+    first.backward()
+    assert layer.tol.grad < 0                                                       # a larger tolerance moves scores less
+    opt.step()
+    assert (layer(z, g, y) - z).square().sum() < first
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), FairnessLayer(make(nn.Parameter(torch.tensor(.3))), (0., 1.))):
+        twin.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)                      # puts another tensor in the place of `tol`
+        assert twin.tol is not layer.tol and torch.equal(twin(z, g, y), layer(z, g, y))
+        with torch.no_grad(): twin.tol.mul_(0)
+        assert not torch.equal(twin(z, g, y), layer(z, g, y))
+    with torch.no_grad(): layer.tol.fill_(-.1)
+    with pytest.raises(ValueError, match="clamp a learned one"): layer(z, g, y)
+
+
+def test_a_tolerance_that_is_no_parameter_is_not_registered():
+    for tol in (.05, torch.tensor(.05), torch.tensor(.05, requires_grad=True)):
+        assert not list(FairnessLayer(DemographicParity(tol)).parameters())
+
+
+def test_weights_reach_the_projection():
+    z, g, y = batch(11)
+    w = torch.rand(48, dtype=torch.float64) + .1
+    layer = FairnessLayer(DemographicParity(.01), (0., 1.))
+    assert torch.equal(layer(z, g, weights=w), project_parity(z, g, .01, (0., 1.), weights=w)) and not torch.equal(layer(z, g, weights=w), layer(z, g))
+    assert torch.equal(FairnessLayer(DemographicParity(.01), on="probability")(z, g, weights=w), project_parity(z.sigmoid(), g, .01, (0., 1.), weights=w))
+    odds = FairnessLayer(EqualizedOdds(.01), (0., 1.))(z, g, y, weights=w)
+    for c in (0, 1): assert torch.equal(odds[y == c], project_parity(z[y == c], g[y == c], .01, (0., 1.), weights=w[y == c]))
+
+
+@pytest.mark.parametrize("make", [lambda: FairnessLayer(EqualizedOdds(.02), (0., 1.)), lambda: FairnessLayer(DemographicParity(.02, n_groups=4), (0., 1.), missing="carry")], ids=["odds", "carry"])
+def test_a_weight_is_a_number_of_copies(make):
+    z, g, y = batch(12)
+    copies = torch.randint(1, 4, (48,))
+    one, many = make(), make()
+    for part in (slice(None), g < 3):                                                # with "carry", group 3 is then absent from the second batch
+        repeat = lambda t: t[part].repeat_interleave(copies[part])
+        assert torch.allclose(many(repeat(z), repeat(g), repeat(y)), one(z[part], g[part], y[part], copies[part].double()).repeat_interleave(copies[part]), atol=1e-10)
+    assert torch.allclose(one.mean, many.mean) and torch.allclose(one.share, many.share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_carry_works_in_a_model_of_any_precision(dtype):
+    z, g, _ = batch(6)
+    layer = FairnessLayer(DemographicParity(.01, n_groups=4), (0., 1.), missing="carry").to(dtype)
+    exact = FairnessLayer(DemographicParity(.01, n_groups=4), (0., 1.), missing="carry")
+    for part in (slice(None), g < 3): assert (layer(z[part].float(), g[part]) - exact(z[part], g[part])).abs().max() < (1e-2 if dtype == torch.float16 else 1e-5)
+
+
 def test_where_the_constraint_applies():
     z, g, _ = batch(4, scale=2.)
     p = FairnessLayer(DemographicParity(.01), on="probability")(z, g)
@@ -180,9 +233,46 @@ BAD = [
     (lambda: FairnessLayer(ResidualParity(.1), (0., 1.))(Z, G, Y + 3), "rows"),
     (lambda: CvxFairnessLayer(lambda v, mean: [], 5)(Z, G), r"groups \[4\] are absent"),
     (lambda: Constraint().project(Z, G), None),
+    # refused where it is given, before any batch
+    (lambda: DemographicParity(-.1), "tol must be finite and >= 0, got -0.1"),
+    (lambda: EqualizedOdds(math.nan), "tol must be finite and >= 0, got nan"),
+    (lambda: MarginalParity(torch.tensor([.1, -1.])), "tol must be finite and >= 0, got -1"),
+    (lambda: ResidualParity(math.inf), "tol must be finite and >= 0, got inf"),
+    (lambda: DemographicParity("small"), "tol must be a number or a tensor, got 'small'"),
+    (lambda: FairnessLayer(DemographicParity(.1), (1., 0.)), r"low < high.*got \(1.0, 0.0\)"),
+    (lambda: FairnessLayer(MarginalParity(.1), (None, 1.)), r"bounds must be \(low, high\).*got \(None, 1.0\)"),
+    (lambda: FairnessLayer(ResidualParity(.1), (0., math.nan)), "low < high"),
+    (lambda: FairnessLayer(DemographicParity(.1), (0.,)), r"bounds must be \(low, high\)"),
+    (lambda: FairnessLayer(DemographicParity(.1), .5), r"bounds must be \(low, high\)"),
+    (lambda: CvxFairnessLayer(lambda v, mean: [], 4, (0., None)), r"bounds must be \(low, high\)"),
+    # weights
+    (lambda: FairnessLayer(DemographicParity(.1))(Z, G, weights=torch.zeros(12)), "weights must be positive"),
+    (lambda: FairnessLayer(DemographicParity(.1))(Z, G, weights=torch.ones(5)), "weights must have shape"),
+    (lambda: FairnessLayer(MarginalParity(.1))(Z, G, weights=torch.ones(12)), "MarginalParity counts every sample once"),
+    (lambda: FairnessLayer(ResidualParity(.1))(Z, G, Y, torch.ones(12)), "ResidualParity counts every sample once"),
+    (lambda: FairnessLayer(LinearConstraint(torch.ones(1, 12).double(), upper=torch.ones(1).double()))(Z, G, weights=torch.ones(12)), "LinearConstraint counts every sample once"),
 ]
 
 
-@pytest.mark.parametrize("call, message", BAD, ids=[str(m) for _, m in BAD])
+@pytest.mark.parametrize("call, message", BAD, ids=[f"{i} {m}" for i, (_, m) in enumerate(BAD)])
 def test_bad_input_says_what_to_do(call, message, untyped):
     with pytest.raises(NotImplementedError if message is None else ValueError, match=message): call()
+
+
+def test_bad_weights_change_no_state(untyped):
+    layer = FairnessLayer(DemographicParity(.1, n_groups=5), missing="carry")        # group 4 is absent
+    with pytest.raises(ValueError, match="weights must be positive"): layer(Z, G, weights=-torch.ones(12))
+    assert layer.incomplete == 0 and layer.mean.isnan().all()
+
+
+def test_one_open_side_is_written_as_infinity():
+    layer = FairnessLayer(DemographicParity(.01), (-math.inf, 1.))
+    assert torch.equal(layer(Z, G), project_parity(Z, G, .01, (-math.inf, 1.))) and layer(Z, G).max() <= 1
+
+
+def test_vmap_is_a_limit_that_the_chapter_states():
+    "If this fails, vmap works now: rewrite the sentence under the mini API."
+    z, g = torch.randn(3, 12, dtype=torch.float64), torch.arange(12) % 3
+    for constraint in (DemographicParity(.1), MarginalParity(.1)):
+        with pytest.raises(RuntimeError): torch.func.vmap(lambda z: constraint.project(z, g))(z)
+    assert torch.equal(DemographicParity(.1).project(z, g), torch.stack([project_parity(row, g, .1) for row in z]))

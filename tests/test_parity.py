@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 from scipy.optimize import brentq
 
 import cvxpy as cp
+from fairbook import parity
 from fairbook.parity import parity_residual, project_parity
 from stress import pair_rows, stress_batches
 
@@ -41,6 +42,46 @@ def test_optimal_on_2000_stress_batches():
         r = parity_residual(project_parity(z, g, tol, bounds, n_groups=n_groups), z, g, tol, bounds)
         worst = [max(w, x) for w, x in zip(worst, (r.excess, r.stationarity, r.balance))]
     assert max(worst) <= 1e-12, worst
+
+
+def values_and_gradients(z, g, n_groups, tol, bounds, v):
+    "Projection and its gradients in the scores and in the tolerance, in one vector each."
+    z, tol = z.clone().requires_grad_(), torch.tensor(tol, dtype=torch.float64, requires_grad=True)
+    y = project_parity(z, g, tol, bounds, n_groups=n_groups)
+    return y.detach(), torch.cat([x.reshape(-1) for x in torch.autograd.grad(y, (z, tol), v)])
+
+
+OTHER_WAYS = {"always sorted": ("_guess", lambda *_: None), "on tensors": ("_arrays", lambda *xs: xs)}     # tensors: the way of a GPU
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_the_other_ways_through_the_code_give_the_same(way, monkeypatch):
+    guesses, guess = [], parity._guess
+    for i, (z, g, n_groups, tol, bounds) in enumerate(stress_batches(480, seed=15)):
+        case = z, g, n_groups, tol, bounds, torch.randn(len(z), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        monkeypatch.setattr(parity, "_guess", lambda *a: guesses.append(guess(*a)) or guesses[-1])
+        y, grad = values_and_gradients(*case)
+        with monkeypatch.context() as other:
+            other.setattr(parity, *OTHER_WAYS[way])
+            y_, grad_ = values_and_gradients(*case)
+            r = parity_residual(y_, z, g, tol, bounds)
+        assert max(r.excess, r.stationarity, r.balance) <= 1e-12 and (y - y_).abs().max() < 1e-12
+        if way == "on tensors" or i % 12 not in (3, 7): assert (grad - grad_).abs().max() < 1e-9            # ties and edges sit on kinks
+    assert 100 < sum(x is None for x in guesses) < len(guesses) - 100                                       # both ways are well covered
+
+
+def test_rows_that_need_the_sort_do_not_disturb_the_others():
+    z, g = torch.stack([pinned_batch("high")[0], draw(6, n=30)[0], pinned_batch("low")[0]]), torch.arange(30) % 3
+    y = project_parity(z, g, .01, (0., 1.))
+    for i in range(3): assert torch.allclose(y[i], project_parity(z[i], g, .01, (0., 1.)), rtol=0, atol=1e-14)
+
+
+def test_the_gradient_may_be_batched():
+    z, g = draw(7)
+    z.requires_grad_()
+    f = lambda z: project_parity(z, g, .01, (0., 1.))
+    rows = torch.autograd.grad(f(z), z, torch.eye(len(z), dtype=torch.float64), is_grads_batched=True)[0]
+    assert torch.allclose(rows, torch.autograd.functional.jacobian(f, z), rtol=0, atol=1e-14)
 
 
 def test_float32_meets_the_gap_on_stress_batches():
@@ -198,6 +239,20 @@ def test_shapes_types_devices(device, dtype, shape, bounds):
         assert torch.allclose(y, rows, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0., .3, -2.])
+def test_a_box_of_one_value_leaves_that_value_and_no_gradient(dtype, value):
+    z, g = (3 * torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype).requires_grad_(), torch.arange(12) % 3
+    with torch.no_grad(): z[0] = value
+    tol = torch.tensor(.01, dtype=torch.float64, requires_grad=True)
+    y = project_parity(z, g, tol, (value, value))
+    assert y.dtype == dtype and torch.equal(y, torch.full_like(z, value))
+    y.square().sum().backward()
+    assert (z.grad == 0).all() and tol.grad == 0
+    r = parity_residual(y[1].detach().double(), z[1].detach().double(), g, .01, (y[1, 0].item(),) * 2)
+    assert (r.excess, r.stationarity, r.balance) == (0., 0., 0.)
+
+
 def test_one_tolerance_per_row_and_its_gradient():
     z, g = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(20) % 3
     tol = torch.tensor([0.01, .05, .1, .2], dtype=torch.float64, requires_grad=True)
@@ -251,9 +306,16 @@ BAD = [
     (dict(tol=-.1), "tol must be finite and >= 0"),
     (dict(tol=float("nan")), "tol"),
     (dict(tol=torch.tensor([.1, .2])), "batch shape"),
-    (dict(bounds=(1., 0.)), "low < high"),
-    (dict(bounds=(0., 0.)), "low < high"),
-    (dict(bounds=(0., float("nan"))), "low < high"),
+    (dict(bounds=(1., 0.)), r"bounds must be \(low, high\) .*got \(1.0, 0.0\)"),
+    (dict(bounds=(0., float("nan"))), r"bounds must be .*got \(0.0, nan\)"),
+    (dict(bounds=(np.inf, np.inf)), r"bounds must be .*got \(inf, inf\)"),
+    (dict(bounds=(-np.inf, -np.inf)), r"bounds must be .*got \(-inf, -inf\)"),
+    (dict(bounds=(None, 1.)), "bounds must be .*use -inf/inf for an open side"),
+    (dict(bounds=.5), "bounds must be .*got 0.5; use -inf/inf"),
+    (dict(bounds=[0., .5, 1.]), r"bounds must be .*got \[0.0, 0.5, 1.0\]; use -inf/inf"),
+    (dict(bounds=torch.rand(2, 2)), "bounds must be .*got tensor"),
+    (dict(weights=[1.] * 6), "weights must be a tensor, got list"),
+    (dict(weights=np.ones(6)), "weights must be a tensor, got ndarray"),
     (dict(weights=torch.tensor([1., 1., 1., 1., 1., 0.])), "positive"),
     (dict(weights=torch.tensor([1., 1., 1., 1., 1., float("nan")])), "positive"),
     (dict(weights=torch.ones(5)), "weights must have shape"),

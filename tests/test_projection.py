@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from fairbook.parity import project_parity
-from fairbook.projection import ConvergenceWarning, project_rows, solve_rows
+from fairbook.projection import ConvergenceWarning, _Arrays, _gram, _Rows, project_rows, solve_rows
 from stress import KINDS, ROW_KINDS, mean_rows, pair_rows, stress_batches, stress_rows
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -262,7 +262,30 @@ BAD = [
     (dict(bounds=(1, 0)), "bounds must be"),
     (dict(bounds=(0, float("nan"))), "bounds must be"),
     (dict(bounds=(INF, INF)), "bounds must be"),
+    (dict(bounds=(None, 1.)), r"bounds must be \(low, high\) with two numbers, got \(None, 1.0\); use -inf/inf for an open side"),
+    (dict(bounds=1.), "bounds must be .* two numbers, got 1.0"),
+    (dict(bounds=(0, .5, 1)), "bounds must be .* two numbers"),
+    (dict(bounds=(0,)), "bounds must be .* two numbers"),
+    (dict(bounds=("a", "b")), "bounds must be .* two numbers"),
 ]
+
+
+def test_a_box_of_one_point_is_a_box():
+    z, rows = torch.randn(6).double(), torch.ones(1, 6).double()
+    assert torch.equal(project_rows(z, rows, 0., 6., (.5, .5)), torch.full((6,), .5).double())
+    with pytest.raises(ValueError, match="total violation is"): project_rows(z, rows, 4., 6., (.5, .5))
+
+
+def test_the_kept_gram_matrix_does_not_drift():
+    "Steps that add and drop samples, down to a few small ones: what is left is no rounding error of what was there."
+    gen = torch.Generator().manual_seed(0)
+    B = torch.randn(8, 300, generator=gen).double() * 10 ** (-4 * torch.rand(300, generator=gen).double())
+    order, work = B.norm(dim=0).argsort(descending=True), _Arrays(_Rows(B[0], B, B[:, 0], B[:, 0], 0., 1.))
+    for k in list(range(0, 300, 3)) + list(range(299, 0, -7)):
+        free = torch.ones(300, dtype=torch.bool)
+        free[order[:k]] = False
+        exact = (B * free) @ B.T
+        assert (torch.tensor(_gram(work, free.numpy())) - exact).abs().max() < 1e-11 * exact.trace()
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])

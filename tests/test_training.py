@@ -237,3 +237,30 @@ def test_missing_groups_can_be_an_error():
     X, y, s = data()
     layer = FairnessLayer(DemographicParity(.05, n_groups=3), missing="error")
     with pytest.raises(ValueError, match=r"groups \[2\] are absent"): fit_parity(network(), X, y, s, layer, epochs=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_epochs_return_the_model_as_it_came(method):
+    X, y, s = data()
+    layer = FairnessLayer(DemographicParity(.05))
+    net = network()
+    fit = fit_parity(net, X, y, s, layer, method=method, epochs=0)
+    assert fit.losses == [] and 0 <= fit.seconds_per_epoch < 1 and all(torch.equal(a, b) for a, b in zip(net.parameters(), network().parameters()))
+    assert torch.equal(fit.predict(X, s), layer(net(X).squeeze(1), s) if method in PROJECTING else net(X).squeeze(1))
+
+
+@pytest.mark.parametrize("name, value, least", [("epochs", -1, 0), ("batch_size", 0, 1), ("dual_every", 0, 1)])
+def test_counts_out_of_range(name, value, least):
+    X, y, s = data()
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        fit_parity(network(), X, y, s, FairnessLayer(DemographicParity(.05)), **{name: value})
+
+
+def test_training_leaves_a_learned_tolerance_alone():
+    "It is the network that is trained; the tolerance gets a gradient, and the multipliers none."
+    X, y, s = data()
+    for method in METHODS:
+        tol = nn.Parameter(torch.tensor(.05))
+        learned, fixed = (fit_parity(network(), X, y, s, FairnessLayer(DemographicParity(t)), method=method, epochs=3, batch_size=32) for t in (tol, .05))
+        torch.testing.assert_close(weights(learned), weights(fixed), rtol=0, atol=1e-6)
+        assert tol.item() == torch.tensor(.05).item()
