@@ -11,7 +11,7 @@ import torch
 from fairbook.exercises import _CHECKS, NotYet, check, exercise
 from fairbook.fairness_layer import project_parity
 
-IDS = sorted(_CHECKS)
+IDS = sorted(id for id in _CHECKS if id.startswith("ch01."))
 mean = lambda y, s, g: y[s == g].mean()
 spread = lambda y, s: max(mean(y, s, g) for g in s.unique()) - min(mean(y, s, g) for g in s.unique())
 free = lambda x: torch.full((len(x),), torch.inf, dtype=x.dtype)
