@@ -14,7 +14,7 @@ help: ## this list
 
 $(READY): pyproject.toml constraints.txt
 	@sh .ci/venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable ".[dev,peers]"
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable ".[dev,peers,gpu]"
 	@touch $@
 
 book: $(READY) ## execute every chapter into _book/, as pages, and print the scoreboard (downloads no data)

@@ -39,7 +39,7 @@ def to_pot(
     if result.f.ndim > 1: raise ValueError(f"to_pot takes one problem, got a batch of shape {list(result.f.shape[:-1])}; convert its elements one by one")
     return dict(a=a, b=b, M=C - result.h[s][:, w], reg=float(reg), warmstart=(a.log() + result.f / reg, b.log() + result.g / reg))
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #51008421
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #75fda120
 def from_pot(
     u: Float[Tensor, "n"],   # row scalings of POT, `log["u"]` of `ot.sinkhorn(..., log=True)`
     v: Float[Tensor, "m"],   # column scalings, `log["v"]`
@@ -49,6 +49,7 @@ def from_pot(
 
     Example: `from_pot(torch.ones(2), torch.ones(2), fair_sinkhorn(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), [[.3, .2], [.2, .3]], 1.)).f` gives `[.69314718, .69314718]`."""
     _, _, _, a, b, reg = like.problem
+    if not ((u > 0).all() and (v > 0).all()): raise ValueError("u and v must be positive; leave out samples without weight")
     if (u.shape, v.shape) != (a.shape, b.shape): raise ValueError(f"u and v must have shapes {list(a.shape)} and {list(b.shape)}, got {list(u.shape)} and {list(v.shape)}")
     return replace(like, f=reg * (u / a).log(), g=reg * (v / b).log(), h=torch.zeros_like(like.h))
 
@@ -83,7 +84,7 @@ def _best_step(value, plan, toward):
     found = minimize_scalar(lambda t: value(plan + t * (toward - plan)), bounds=(0, 1), method="bounded", options={"xatol": 1e-10})
     return 1. if value(toward) <= found.fun else found.x
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #01b7c4fc
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #1ac67ddb
 def generalized_conditional_gradient(
     C: Float[Tensor, "n m"],                # cost of each pair, finite
     s: Int[Tensor, "n"],                    # group of each row, in 0..K_s-1
@@ -97,23 +98,24 @@ def generalized_conditional_gradient(
     tol: float = 1e-9,                      # stop at a gap of this size
     max_iter: int = 1000,                   # outer steps
     method: str = "auto",                   # of the inner problems, as in `fair_sinkhorn`; "stabilized" for sweeps alone
+    inner_iter: int = 100_000,              # sweeps and Newton steps of one inner problem
 ) -> ConditionalGradientResult:             # the plan, with the history of values and gaps
     """The paper's algorithm for (4.7), with the line search on the whole objective; slower than `penalized_sinkhorn`, and here for comparison. Warns `ConvergenceWarning`.
 
     Example: `generalized_conditional_gradient(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.full((2, 2), .25), 1., 10.).converged` gives `True`."""
-    solve = lambda cost, init: fair_sinkhorn(cost, 0 * s, 0 * w, [[1.]], reg, a, b, method=method, tol=1e-12, init=init)
+    solve = lambda cost, init: fair_sinkhorn(cost, 0 * s, 0 * w, [[1.]], reg, a, b, method=method, tol=1e-12, max_iter=inner_iter, init=init)
     inner = solve(C, None)
     plan, sweeps, values, gaps, goal = inner.plan, int(inner.n_iter), [], [], _Penalised(C, s, w, F, reg, lam, *inner.problem[3:5])
     for _ in range(max_iter):
         inner = solve(goal.slope(plan), inner)
-        sweeps, values, gaps = sweeps + int(inner.n_iter), values + [goal.value(plan)], gaps + [goal.gap(plan, inner.plan)]
-        if gaps[-1] <= tol: break
+        sweeps, values, gaps = sweeps + int(inner.n_iter), values + [goal.value(plan)], gaps + [goal.gap(plan, inner.plan) if inner.converged else math.inf]
+        if gaps[-1] <= tol or not inner.converged: break
         plan = plan + _best_step(goal.value, plan, inner.plan) * (inner.plan - plan)
-    if gaps[-1] > tol: warnings.warn(f"stopped at a gap of {gaps[-1]:.1e} after {max_iter} steps; raise max_iter, or use penalized_sinkhorn", ConvergenceWarning, stacklevel=2)
+    if gaps[-1] > tol: warnings.warn(f"stopped at a gap of {gaps[-1]:.1e} after {len(gaps)} steps; raise max_iter or inner_iter, or use penalized_sinkhorn", ConvergenceWarning, stacklevel=2)
     G = goal.masses(plan)
     return ConditionalGradientResult(plan, G, ((G - F)**2).sum().item(), (C * plan).sum().item(), values, gaps, sweeps, gaps[-1] <= tol)
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #6afadc50
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #9a9be4a7
 @dataclass(frozen=True)
 class TradeoffCurve:
     """Cost against violation along a path of penalties.
@@ -122,12 +124,12 @@ class TradeoffCurve:
     lam: Float[Tensor, "k"]             # penalties, rising
     cost: Float[Tensor, "k"]            # sum of C * plan
     violation: Float[Tensor, "k"]       # sum of squares of group_mass - F
-    value: Float[Tensor, "k"]           # cost plus reg times entropy: the price that is convex in the violation
+    value: Float[Tensor, "k"]           # cost plus reg times entropy: rises along the path, and for penalty="l2" is convex in the violation
     results: TransportResult            # the whole batch of results
-    plain: TransportResult              # lam = 0
+    plain: TransportResult              # lam = 0: no rule on groups, so its own `violation` is that of the table [[1.]]
     fair: TransportResult | None        # lam = infinity; None if F has other margins than the samples
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #4d7c79ea
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #286655d8
 def tradeoff_curve(
     C: Float[Tensor, "n m"],           # cost of each pair; inf forbids it
     s: Int[Tensor, "n"],               # group of each row, in 0..K_s-1
@@ -149,7 +151,7 @@ def tradeoff_curve(
     plain = fair_sinkhorn(C, *one, [[1.]], reg, a, b, tol=tol)
     path = penalized_sinkhorn(C, s, w, F, reg, lams, a, b, penalty=penalty, tol=tol)
     try: fair = fair_sinkhorn(C, s, w, F, reg, a, b, tol=tol)
-    except ValueError: fair = None
+    except InfeasibleTarget: fair = None
     a, b = path.problem[3:5]
     linear = (path.f * a).sum(-1) + (path.g * b).sum(-1) + (path.h * path.group_mass).sum((-2, -1))     # = cost + reg KL at the solution
     return TradeoffCurve(lams, path.cost, path.violation, linear, path, plain, fair)

@@ -216,13 +216,14 @@ def nearest_target(
     raise InfeasibleTarget(f"the zeros of F leave no target: groups s in {rows} hold {missing:.4g} more mass than the groups w in {cols}, the only ones "
                            f"where F lets them go; put mass into a zero, e.g. F + 1e-3 * independence_target(p, q)", missing=missing, rows=rows, columns=cols)
 
-# %% ../nbs/lib_group_targets.ipynb #c281637c
+# %% ../nbs/lib_group_targets.ipynb #8c48a420
 def _refuse(F, p, q, gaps):
     "Raise `InfeasibleTarget` with the nearest target; with a little independence mixed in where the zeros of F allow none."
     try: nearest, how = nearest_target(F, p, q), "nearest_target(F, p, q)"
     except InfeasibleTarget: nearest, how = nearest_target(F + 1e-3 * independence_target(p, q), p, q), "nearest_target(F + 1e-3 * independence_target(p, q), p, q)"
     text = f"no plan has these group masses: F.sum(1) is off p by up to {gaps[0]:.3g}, F.sum(0) is off q by up to {gaps[1]:.3g}, and every plan meets both."
     if F.T.shape == F.shape and max((F.sum(0) - p).abs().max(), (F.sum(1) - q).abs().max()) < 1e-9: text += " F.T does fit: rows are the groups s of p."
+    elif max(gaps) < 1e-6: text += " That is rounding of float32: make F in float64, torch.tensor([...], dtype=torch.float64)."
     raise InfeasibleTarget(f"{text} Use the nearest target, {how} = {_show(nearest)}, or penalized_sinkhorn, which takes any F and trades it against cost",
                            row_gap=gaps[0], column_gap=gaps[1], nearest=nearest)
 

@@ -88,7 +88,7 @@ def _plan_blocks(p, reg, f, g, h):
     p.passes += 1
     for chunk in p.chunks(1 << 18): yield chunk[0], slice(*chunk[1:]), p.array(_exponents(p, reg, rows, columns, chunk).exp2_())
 
-# %% ../nbs/lib_group_transport.ipynb #bfc57c12
+# %% ../nbs/lib_group_transport.ipynb #46c630bf
 class _LogSweep:
     "Potentials f, g, h; the exponentials are taken anew in each sweep: nothing is stored and nothing overflows."
     def __init__(self, p, reg, f, g, h): self.p, self.reg, self.f, self.g, self.h = p, reg, f, g, h
@@ -111,7 +111,21 @@ class _LogSweep:
             M[k] += ratio @ E
         off = float((a * ((-log_ratio).clamp(max=99.).exp2() - 1).abs()).sum())
         self.f = self.f + self.reg * _LN2 * p.array(log_ratio)
+        if not (float((total := M.sum(0)).min()) > 1e-200 and float(total.max()) < 1e200): M = self.columns()
         return p.array(M), off
+
+    def columns(self):
+        "Where a column gets next to nothing: the column update in full logarithms, one more pass. Returns the masses after it."
+        p, unit = self.p, self.reg * _LN2
+        rows, columns = _factors(p, self.reg, self.f, self.g, self.h)
+        T = torch.full_like(columns, -math.inf)
+        for chunk in p.chunks(1 << 18):
+            E = _exponents(p, self.reg, rows, columns, chunk)
+            T[chunk[0]] = torch.logaddexp2(T[chunk[0]], torch.logsumexp(E * _LN2, 0) / _LN2)
+        p.passes += 1
+        change = p.tensor(p.b).log2() - torch.logsumexp(T * _LN2, 0) / _LN2
+        self.g = self.g + unit * p.array(change)
+        return (T + change).exp2()
 
     def move(self, ratio, grow, h, shift):
         "Column and group update; then constants move between f, g and h."
@@ -381,14 +395,15 @@ def _system(p, rule, reg, h, now):
     Y = (p.B[:, None, :] * M.T[:, :, None]).reshape(m, -1)
     return Q, Y, xp.concatenate([now.M.sum(0), xp.where(D > 0, D, 1.).reshape(-1)])
 
-# %% ../nbs/lib_group_transport.ipynb #7593e68d
+# %% ../nbs/lib_group_transport.ipynb #0a43ac1a
 def _direct(p, Q, Y, d, r, right):
     "Form S and factorise it: O(n m^2)."
     m = p.shape[1]
     S = p.xp.diag(d * (1 + 1e-12)) - (Q / r[:, None]).T @ Q
     S[:m, m:] += Y
     S[m:, :m] += Y.T
-    return p.xp.linalg.solve(S, right)
+    try: return p.xp.linalg.solve(S, right)
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError): return p.xp.linalg.pinv(S) @ right      # parts of the plan that no mass connects
 
 # %% ../nbs/lib_group_transport.ipynb #5386f2de
 def _iterative(p, Q, Y, d, r, right):
@@ -431,15 +446,16 @@ def _settle(p, rule, at):
     h = (up - down).reshape(p.K)
     return f + x[p.s], g + y[p.w], h if p.closed is None else p.xp.where(p.closed, 0., h)
 
-# %% ../nbs/lib_group_transport.ipynb #16a72246
+# %% ../nbs/lib_group_transport.ipynb #68b5e987
 def _ascend(p, rule, reg, at, now):
     "One Newton step, halved until the dual rises: (potentials, look), or None where no step helps."
-    step, t = _direction(p, rule, reg, at[2], now), 1.
+    step = _direction(p, rule, reg, at[2], now)
     if rule.linear is not None and float(abs(step[2]).max()) > 1e6 * reg:              # active bounds contradict each other
         to = _settle(p, rule, at)
         new = _look(p, rule, reg, to)
         return (to, new) if new.value > now.value + 1e-13 * (1 + abs(now.value)) else None
-    while t > 1e-6:
+    t = full = min(1., 100 * reg / max(sum(float(abs(d).max()) for d in step), 1e-300))    # no entry of the plan may change by more than e^100
+    while t > 1e-6 * full:
         f, g, h = (x + t * d for x, d in zip(at, step))
         to = f, g, rule.clip(h, at[2])
         new = _look(p, rule, reg, to)
@@ -692,11 +708,26 @@ def _start(p, init, batch, index, last):
     h = torch.where(h.isfinite(), h, 0.)
     return tuple(p.array(x) for x in (f if p.order is None else f[p.order], g, h))
 
-# %% ../nbs/lib_group_transport.ipynb #ed4bf457
+# %% ../nbs/lib_group_transport.ipynb #72a4ab7c
+def _better_start(p, rule, reg, at):
+    "The start `at`, after one row update; or, if that leaves the rows far off and the dual lower, zero potentials after one."
+    def updated(at):
+        state = _LogSweep(p, reg, *at)
+        off = state.sweep()[1]
+        f, g, h = state.potentials()
+        return off, float(f @ p.a + g @ p.b) - rule.conjugate(h), (f, g, h)
+    if not bool(at[0].any()): return at
+    off, value, at = updated(at)
+    if off <= .5: return at
+    _, other, zero = updated((p.zeros(p.shape[0]), p.zeros(p.shape[1]), p.zeros(*p.K)))
+    return at if value >= other else (zero[0] * 0, zero[1] * 0, zero[2])
+
+# %% ../nbs/lib_group_transport.ipynb #f7c5a6b4
 def _one(p, rule, reg, at, method, tol, max_iter):
     "Solve one problem: a dictionary of tensors in the order of the caller."
     p.passes, p.closed = 0, rule.closed
     with np.errstate(all="ignore"):
+        at = _better_start(p, rule, reg, at)
         k, at = _solve(p, rule, reg, at, method, tol, max_iter)
         gap, r, M, cost = _certify(p, rule, reg, at)
         G, (f, g, h) = M @ p.B, at
@@ -738,13 +769,13 @@ def _together(ask, found, batch, F, method, tol):
     if not bool(result.converged.all()): _warn(result, method, tol)
     return result
 
-# %% ../nbs/lib_group_transport.ipynb #2a7660ce
+# %% ../nbs/lib_group_transport.ipynb #203136aa
 def _warn(result, method, tol):
     bad, extra = ~result.converged, ""
     if bool(result.problem[0].isinf().any()): extra = ", or allow more pairs: the margins may be out of reach of those that C leaves"
-    elif method == "scaling": extra = "; exponentials that overflow or vanish need method='auto'"
+    elif method != "auto": extra = ", or use method='auto'" + ", which survives exponentials that overflow or vanish" * (method == "scaling")
     warnings.warn(f"{int(bad.sum())} of {bad.numel()} transport problems stopped with margins off by {result.residual[bad].max():.1e} in total (tol {tol:.1e}) after {int(result.n_iter.max())} iterations of "
-                  f"method={method!r}; raise max_iter (or reg), or use method='auto'{extra}", ConvergenceWarning, stacklevel=5)
+                  f"method={method!r}; raise max_iter (or reg){extra}", ConvergenceWarning, stacklevel=5)
 
 # %% ../nbs/lib_group_transport.ipynb #5564fbcb
 def fair_sinkhorn(

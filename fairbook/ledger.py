@@ -9,6 +9,7 @@ __all__ = ['verdict', 'source_hash', 'Record', 'results_folder', 'load_results',
 import ast, hashlib, io, json, math, os, platform, tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -44,6 +45,7 @@ def verdict(
     return "stronger" if better == ("lower" if d < 0 else "higher") else "differs"
 
 # %% ../nbs/lib_ledger.ipynb #7ec34f1e
+@lru_cache(maxsize=256)
 def _code(source):
     "The lines of `source` without comments, docstrings and blank lines."
     lines = source.split("\n")
@@ -80,14 +82,21 @@ def source_hash(
     return _digest(_code(_source(module)))
 
 # %% ../nbs/lib_ledger.ipynb #fb020066
-def _imported(module):
-    "The modules of the package of `module` that its source imports."
-    package, names = module.rpartition(".")[0], set()
-    for node in ast.walk(ast.parse(_source(module))) if package else ():
+@lru_cache(maxsize=256)
+def _imports(source, package):
+    "The names that a source imports from its package."
+    names = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package)
             names |= {f"{base}.{a.name}" for a in node.names} if base == package else {base}
+    return names
+
+def _imported(module):
+    "The modules of the package of `module` that its source imports."
+    package = module.rpartition(".")[0]
+    names = _imports(_source(module), package) if package else ()
     return sorted(n for n in names if n.rpartition(".")[0] == package and find_spec(n))
 
 # %% ../nbs/lib_ledger.ipynb #565d0d1c

@@ -199,7 +199,7 @@ def check_settings(root):
     return [f"settings.ini and pyproject.toml disagree on the {what}: {a!r} and {b!r}" for what, (a, b) in same.items() if a != b]
 
 
-def check_pins(root, extras=("dev", "peers")):
+def check_pins(root, extras=("dev", "peers", "gpu")):
     "Every requirement of the package and of the extras that make installs has an exact pin that satisfies it."
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     pins = {canonicalize_name(r.name): r for line in (root / "constraints.txt").read_text().splitlines()

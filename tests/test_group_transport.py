@@ -340,6 +340,18 @@ def test_forbidden_pairs(method):
     assert quota_sinkhorn(barred, s, w, .9 * F2, 1.1 * F2, .1, method=method).converged
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("method", ["auto", "newton"])
+def test_clusters_that_hardly_any_mass_connects(seed, method):
+    "Forbidden pairs and a small reg: the dual is nearly flat in one direction, and a full Newton step would overflow."
+    gen = torch.Generator().manual_seed(seed)
+    C = torch.rand(3, 30, 20, generator=gen, dtype=torch.float64)[0]
+    a, b = (x / x.sum() for x in (torch.rand(30, generator=gen).double() + .2, torch.rand(20, generator=gen).double() + .2))
+    C[torch.rand(30, 20, generator=gen) < .2] = math.inf
+    r = fair_sinkhorn(C, torch.zeros(30, dtype=torch.int64), torch.zeros(20, dtype=torch.int64), [[1.]], .001, a, b, tol=2e-11, method=method)
+    assert r.converged and r.n_iter < 200
+
+
 def impossible():
     "Rows of group 0 may go to group 0 only, but the target wants .3 of them elsewhere."
     C, s, w, a, b = draw(13, 20, 20)

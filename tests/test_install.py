@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 MODULES = sorted(p.stem for p in (Path(__file__).resolve().parents[1] / "fairbook").glob("*.py") if p.stem not in ("__init__", "_modidx"))
-EXTRAS = ["nbdev", "execnb", "nbval", "nbconvert", "jupyterlab", "notebook", "pytest", "hypothesis", "beartype", "fairlearn", "clarabel", "ray", "bs4", "yaml"]
+EXTRAS = ["nbdev", "execnb", "nbval", "nbconvert", "jupyterlab", "notebook", "pytest", "hypothesis", "beartype", "fairlearn", "clarabel", "ray", "triton", "bs4", "yaml"]
 IMPORT = """
 import importlib, sys
 class Without:
