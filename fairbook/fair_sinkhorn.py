@@ -58,7 +58,7 @@ def from_pot(
 class ConditionalGradientResult:
     """What `generalized_conditional_gradient` found.
 
-    Example: `generalized_conditional_gradient(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.full((2, 2), .25), 1., 10.).violation` gives `0.`."""
+    Example: `generalized_conditional_gradient(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.full((2, 2), .25), 1., 10.).converged` gives `True`."""
     plan: Float[Tensor, "n m"]             # the last plan
     group_mass: Float[Tensor, "K_s K_w"]   # its group masses
     violation: float                       # sum of squares of group_mass - F

@@ -62,7 +62,9 @@ def _table(name, F, p, q, tol=0.):
 
 # %% ../nbs/lib_group_targets.ipynb #ec6bb614
 class InfeasibleTarget(ValueError):
-    "No plan meets the request. Attributes that do not apply are `None`."
+    """No plan meets the request. Attributes that do not apply are `None`.
+
+    Example: `check_target([[.3, .3], [.2, .2]], [.5, .5], [.5, .5])` raises `InfeasibleTarget`."""
     def __init__(self,
         message: str,                     # what contradicts what, and what to use instead
         *,
@@ -94,7 +96,7 @@ def frechet_bounds(
 ) -> tuple[Float[Tensor, "K_s K_w"], Float[Tensor, "K_s K_w"]]:  # lower and upper bounds, float64
     """Entrywise bounds (G.3) of all targets, each of them sharp. Raises `ValueError` for margins that are not margins.
 
-    Example: `frechet_bounds([.7, .3], [.6, .4])` gives `[[.3, .1], [0, 0]]` and `[[.6, .4], [.3, .3]]`."""
+    Example: `frechet_bounds([.7, .3], [.6, .4])[0]` gives `[[.3, .1], [0., 0.]]`."""
     p, q = _margins(p, q)
     return (p[:, None] + q - p.sum()).clamp(min=0), torch.minimum(p[:, None], q)
 
@@ -239,7 +241,7 @@ def check_target(
 
     Raises `InfeasibleTarget` (margin gaps, nearest target) if none does, `ValueError` for NaN, infinite or negative entries and wrong shapes. O(K_s K_w).
 
-    Example: `check_target([[.3, .2], [.1, .4]], [.5, .5], [.4, .6])` returns the table."""
+    Example: `check_target([[.3, .2], [.1, .4]], [.5, .5], [.4, .6])` gives `[[.3, .2], [.1, .4]]`."""
     if not 0 <= tol < math.inf: raise ValueError(f"tol must be a number >= 0, got {tol}")
     p, q = _margins(p, q)
     F = _table("F", F, p, q, tol)
@@ -296,7 +298,7 @@ def check_quotas(
     Raises `InfeasibleTarget` if it holds none: which groups contradict (`rows`, `columns`), the least total widening (`missing`) and a box that has it (`nearest`).
     Raises `ValueError` for NaN, wrong shapes and crossing bounds.
 
-    Example: `check_quotas([[.2, 0], [0, 0]], 1., [.5, .5], [.4, .6])` returns both tables."""
+    Example: `check_quotas([[.2, 0], [0, 0]], 1., [.5, .5], [.4, .6])[0]` gives `[[.2, 0.], [0., 0.]]`."""
     p, q = _margins(p, q)
     read = lambda x: torch.as_tensor(x, dtype=torch.float64, device=p.device).detach()
     lower, upper, shape = read(lower), read(upper), (len(p), len(q))
@@ -377,7 +379,7 @@ def quota_bounds(
 
     Raises `InfeasibleTarget` if the box holds no target, `ValueError` for several favoured columns under "four-fifths" and for other bad input.
 
-    Example: `quota_bounds([.5, .5], [.4, .6], "share", favoured=0)[0]` gives `[[.16, 0], [.16, 0]]`."""
+    Example: `quota_bounds([.5, .5], [.4, .6], "share", favoured=0)[0]` gives `[[.16, 0.], [.16, 0.]]`."""
     p, q = _margins(p, q)
     favoured, groups, upper = _groups("favoured", favoured, len(q)), _groups("groups", groups, len(p), list(range(len(p)))), frechet_bounds(p, q)[1]
     lower = torch.zeros_like(upper)
@@ -554,7 +556,7 @@ def check_support(
     Raises `InfeasibleTarget` if no plan exists: `missing` is mass that certainly cannot be placed, `rows` and `columns` samples concerned. `ValueError` for bad input.
     Cost: a few linear programs with some ten (n + m) unknowns; seconds for a million pairs.
 
-    Example: `check_support(torch.eye(2, dtype=torch.bool), [0, 1], [0, 1], F=[[.5, 0], [0, .5]])` is True."""
+    Example: `check_support(torch.eye(2, dtype=torch.bool), [0, 1], [0, 1], F=[[.5, 0], [0, .5]])` gives `True`."""
     ok = torch.as_tensor(allowed).cpu().numpy()
     if ok.ndim != 2 or ok.dtype != bool or not ok.size: raise ValueError(f"allowed must be a boolean matrix [n, m], got shape {ok.shape}, type {ok.dtype}; for a cost matrix use C.isfinite()")
     n, m = ok.shape
