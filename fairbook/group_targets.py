@@ -22,8 +22,8 @@ from torch import Tensor
 from .projection import ConvergenceWarning
 
 # %% ../nbs/lib_group_targets.ipynb #50a46e82
-Vector = Float[Tensor, "_"] | Float[np.ndarray, "_"] | Sequence[float]                                          # margins
-Table = Float[Tensor, "_ _"] | Float[np.ndarray, "_ _"] | Sequence[Sequence[float]]                             # tables of group masses
+Vector = Float[Tensor, "_"] | Float[np.ndarray, "_"] | Sequence[float | int]                                          # margins
+Table = Float[Tensor, "_ _"] | Float[np.ndarray, "_ _"] | Sequence[Sequence[float | int]]                             # tables of group masses
 
 # %% ../nbs/lib_group_targets.ipynb #c3f9b2df
 def _double(name, x, like=None):
