@@ -122,7 +122,7 @@ def finish(page: str, anchors, title: str, extras: list[dict], nav) -> str:
 
 
 def main(source: Path, out: Path, root=ROOT):
-    exporter = HTMLExporter(template_name="lab", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True)
     bib = bibliography(root / "nbs/references.bib")
     chosen = [(page, source / page.relative_to(root / "nbs")) for page in pages(root)]
     notebooks = {str(page.relative_to(root)): read(path) for page, path in chosen if path.exists()}

@@ -249,12 +249,13 @@ def test_preview_does_what_quarto_would(book):
     (book / "nbs/solutions").mkdir()
     write(book / "nbs/solutions", [md("# Answers\n\n> To all"), md("[bars](../lib_bars.ipynb#two-groups) and [api](../lib_bars.ipynb#double)")], "ch01.ipynb")
     edit(book / "_quarto.yml", "[nbs/lib_bars.ipynb]", "[nbs/lib_bars.ipynb, nbs/solutions/ch01.ipynb]")
-    write(book / "nbs", [TITLE, md("## Two groups\n\nAs in [@known]; [x](solutions/ch01.ipynb)"), py(DEFINE),
+    write(book / "nbs", [TITLE, md("## Two groups\n\nAs in [@known]; [x](solutions/ch01.ipynb)\n\n<details><summary>Hint</summary>\n\nCount them.\n\n</details>"), py(DEFINE),
                          py('#| fig-alt: "a: level bars"\n#| fig-cap: "Two bars"\nplt.show()', outputs=PNG)], "lib_bars.ipynb")
     preview.main(book / "nbs", book / "_preview", book)
     page, other = (BeautifulSoup((book / "_preview" / name).read_text(), "html.parser") for name in ("lib_bars.html", "solutions/ch01.html"))
     assert page.find(id="two-groups").name == "h2" and page.find(id="double") and page.title.string == "Bars"
     assert [i["alt"] for i in page.find_all("img")] == ["a: level bars"] and "#|" not in page.get_text() and "Two bars" in page.get_text()
+    assert "Count them." in page.select_one(".jp-Cell details").get_text()
     assert page.find("a", string="Montúfar and Li 2026")["href"] == "#ref-known" and "Gaps" in page.find(id="ref-known").get_text()
     assert {"solutions/ch01.html"} == {a["href"] for a in page.find_all("a", string=["x", "Answers"])}
     assert [a["href"] for a in other.select(".jp-Cell a") if ".html" in a["href"]] == ["../lib_bars.html#two-groups", "../lib_bars.html#double"]
@@ -277,7 +278,7 @@ def test_nbval_sees_cleaned_cells_and_skips_those_without_data(tmp_path):
 # --- cells that need data
 
 def test_needs_data_cells_are_held_back_where_the_data_are_not(monkeypatch):
-    from fairbook import data
+    from fairbook import multiclass_data as data
     monkeypatch.setattr(data, "is_available", lambda name: name == "adult")
     cell = lambda source, tags=("needs-data",): py(source, metadata={"tags": list(tags)})
     assert pages.missing_data(new_notebook(cells=[cell("load_adult()"), py("load_dutch()"), cell("load_x()", ["other"])])) == []

@@ -1,16 +1,20 @@
 """Contracts of fairbook.plots: contrast on two pages, colour-blind distances, a style that can be undone, animations that stand alone."""
 import re
+from base64 import b64decode
+from io import BytesIO
 from itertools import combinations
 
 import matplotlib as mpl
 
 mpl.use("agg")
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.animation import FuncAnimation
+from PIL import Image
 
-from fairbook.plots import INKS, MARKERS, PALETTE, figure, group_color, group_marker, show_animation, use_style
+from fairbook.plots import INKS, MARKERS, PALETTE, _png, figure, group_color, group_marker, live, show_animation, use_style
 
 PAGES = ["#ffffff", "#222222", "#212529"]
 
@@ -132,3 +136,80 @@ def test_animation_plays_at_its_interval_and_repeats_if_asked():
 
 def test_heavy_animation_is_refused():
     with pytest.raises(ValueError, match="MB, more than 0.01: draw fewer frames"): show_animation(animation(), max_mb=.01)
+
+
+def frames(html): return [Image.open(BytesIO(b64decode(f))) for f in re.findall(r';base64,([^"]+)', html.data)]
+
+
+def test_frames_have_few_colours_and_the_film_fits_a_phone():
+    film = show_animation(animation())
+    assert [f.mode for f in frames(film)] == ["P"] * 4 and all(len(f.getcolors()) <= 256 for f in frames(film))
+    assert re.search(r"<style>[^<]*anim-slider \{max-width: 100%", film.data)
+
+
+def drawing(kind):
+    fig, ax = figure()
+    if kind == "lines": [ax.plot(np.sin(np.arange(60) / (g + 3)), color=group_color(g), alpha=.6, lw=3) for g in range(7)]
+    if kind == "picture": ax.imshow(np.arange(600).reshape(20, 30))
+    if kind == "scale": fig.colorbar(ax.scatter([0, 1], [0, 1], c=[0, 1]))
+    if kind == "mesh": ax.pcolormesh(np.arange(600).reshape(20, 30))
+    return fig
+
+
+def full_png(fig):
+    fig.savefig(file := BytesIO(), format="png", dpi=100, facecolor=fig.get_facecolor())
+    return file.getvalue()
+
+
+def on_page(png, page):
+    image = Image.open(BytesIO(png)).convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, page), image), float)[..., :3]
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("mode", list(INKS))
+def test_few_colours_look_the_same_on_every_page_and_are_smaller(mode, page):
+    with use_style(mode): fig = drawing("lines")
+    full, small = full_png(fig), _png(fig)
+    changed = abs(on_page(full, page) - on_page(small, page))
+    assert len(small) < .5 * len(full) and changed.mean() < 1.5 and np.quantile(changed, .99) <= 16
+
+
+@pytest.mark.parametrize("g", range(7))
+def test_few_colours_keep_the_colour_of_a_group(g):
+    with use_style(): fig, ax = figure()
+    for k in range(7): ax.axhspan(k, k + 1, color=group_color(k))
+    ax.plot(np.random.default_rng(0).random(50) * 7, alpha=.4)
+    wanted = np.array([int(group_color(g)[i:i + 2], 16) for i in (1, 3, 5)])
+    assert (abs(on_page(_png(fig), "white") - wanted).max(-1) <= 8).sum() > 1000
+
+
+@pytest.mark.parametrize("kind", ["picture", "scale", "mesh"])
+def test_pictures_and_colour_scales_keep_every_shade(kind):
+    fig = drawing(kind)
+    assert (on_page(_png(fig), "white") == on_page(full_png(fig), "white")).all()
+
+
+def test_live_draws_anew_for_every_slider_and_closes_only_its_own_figures():
+    mine, seen = plt.figure(), []
+    def draw(a, b):
+        seen.append((a, b))
+        return drawing("lines" if a else "none")
+    a, b = widgets.IntSlider(1), widgets.Dropdown(options=["x", "y"], description="letter")
+    box = live(draw, a=a, b=b)
+    first = box.children[-1].value
+    assert box.children[:2] == (a, b) and (a.description, b.description) == ("a", "letter")
+    assert Image.open(BytesIO(first)).size[0] == 640
+    a.value, b.value = 0, "y"
+    assert seen == [(1, "x"), (0, "x"), (0, "y")] and box.children[-1].value != first
+    a.value = 1
+    assert box.children[-1].value == first and plt.get_fignums() == [mine.number]
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: live(lambda: figure()[0]), "at least one slider"),
+    (lambda: live(lambda x: None, x=widgets.IntSlider()), "draw must return a matplotlib figure, got NoneType"),
+    (lambda: live(lambda x: figure(), x=widgets.IntSlider()), "got tuple"),
+])
+def test_live_refuses(call, word):
+    with pytest.raises(ValueError, match=word): call()
