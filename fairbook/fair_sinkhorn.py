@@ -9,7 +9,7 @@ __all__ = ['to_pot', 'from_pot', 'ConditionalGradientResult', 'generalized_condi
            'nearest_target', 'quota_bounds', 'quota_target', 'PointTransport', 'fair_sinkhorn_points', 'LearnedCost',
            'MahalanobisCost', 'NeuralCost', 'learn_cost', 'transport_plan']
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #17016051
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #31c57ec1
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from .group_transport import TransportResult, fair_sinkhorn, penalized_sinkhorn, quota_sinkhorn
+from .group_transport import TransportResult, _ask, _table, fair_sinkhorn, penalized_sinkhorn, quota_sinkhorn
 from .projection import ConvergenceWarning
 _all_ = ["TransportResult", "fair_sinkhorn", "penalized_sinkhorn", "quota_sinkhorn"]
 
@@ -84,14 +84,25 @@ def _best_step(value, plan, toward):
     found = minimize_scalar(lambda t: value(plan + t * (toward - plan)), bounds=(0, 1), method="bounded", options={"xatol": 1e-10})
     return 1. if value(toward) <= found.fun else found.x
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #1ac67ddb
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #36e329fd
+def _inputs(C, s, w, F, reg, lam, a, b, max_iter):
+    "F, C, s, w, a, b as the solvers see them, once checked."
+    F = _table("F", F)
+    if F.ndim > 2 or C.ndim > 2 or torch.as_tensor(reg).ndim: raise ValueError("the conditional gradient takes one problem, not a batch; use penalized_sinkhorn")
+    if not 0 < lam < math.inf: raise ValueError(f"lam must be positive and finite, got {lam}; use fair_sinkhorn for lam = inf")
+    if max_iter < 1: raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    ask = _ask(C, s, w, reg, a, b, F.shape)
+    if ask.forbids: raise ValueError("C must be finite, got inf for some pairs; penalized_sinkhorn can forbid pairs")
+    return F.to(C), ask.C, ask.s, ask.w, ask.a, ask.b
+
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #4eb6f523
 def generalized_conditional_gradient(
     C: Float[Tensor, "n m"],                # cost of each pair, finite
     s: Int[Tensor, "n"],                    # group of each row, in 0..K_s-1
     w: Int[Tensor, "m"],                    # group of each column, in 0..K_w-1
-    F: Float[Tensor, "K_s K_w"],            # group masses to come near to
+    F,                                      # [K_s, K_w] group masses to come near to: tensor, array or nested list
     reg: float,                             # entropic regulariser > 0
-    lam: float,                             # weight of the squared distance > 0
+    lam: float,                             # weight of the squared distance, positive and finite
     a: Float[Tensor, "n"] | None = None,    # weight of each row; default uniform
     b: Float[Tensor, "m"] | None = None,    # weight of each column
     *,
@@ -101,17 +112,19 @@ def generalized_conditional_gradient(
     inner_iter: int = 100_000,              # sweeps and Newton steps of one inner problem
 ) -> ConditionalGradientResult:             # the plan, with the history of values and gaps
     """The paper's algorithm for (4.7), with the line search on the whole objective; slower than `penalized_sinkhorn`, and here for comparison. Warns `ConvergenceWarning`.
+    Raises `ValueError` as `penalized_sinkhorn`, and for a cost that forbids pairs or a batch, which that function takes.
 
     Example: `generalized_conditional_gradient(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.full((2, 2), .25), 1., 10.).converged` gives `True`."""
+    F, C, s, w, a, b = _inputs(C, s, w, F, reg, lam, a, b, max_iter)
     solve = lambda cost, init: fair_sinkhorn(cost, 0 * s, 0 * w, [[1.]], reg, a, b, method=method, tol=1e-12, max_iter=inner_iter, init=init)
     inner = solve(C, None)
-    plan, sweeps, values, gaps, goal = inner.plan, int(inner.n_iter), [], [], _Penalised(C, s, w, F, reg, lam, *inner.problem[3:5])
+    plan, sweeps, values, gaps, goal = inner.plan, int(inner.n_iter), [], [], _Penalised(C, s, w, F, reg, lam, a, b)
     for _ in range(max_iter):
         inner = solve(goal.slope(plan), inner)
         sweeps, values, gaps = sweeps + int(inner.n_iter), values + [goal.value(plan)], gaps + [goal.gap(plan, inner.plan) if inner.converged else math.inf]
         if gaps[-1] <= tol or not inner.converged: break
         plan = plan + _best_step(goal.value, plan, inner.plan) * (inner.plan - plan)
-    if gaps[-1] > tol: warnings.warn(f"stopped at a gap of {gaps[-1]:.1e} after {len(gaps)} steps; raise max_iter or inner_iter, or use penalized_sinkhorn", ConvergenceWarning, stacklevel=2)
+    if not gaps[-1] <= tol: warnings.warn(f"stopped at a gap of {gaps[-1]:.1e} after {len(gaps)} steps; raise max_iter or inner_iter, or use penalized_sinkhorn", ConvergenceWarning, stacklevel=2)
     G = goal.masses(plan)
     return ConditionalGradientResult(plan, G, ((G - F)**2).sum().item(), (C * plan).sum().item(), values, gaps, sweeps, gaps[-1] <= tol)
 
@@ -129,7 +142,18 @@ class TradeoffCurve:
     plain: TransportResult              # lam = 0: no rule on groups, so its own `violation` is that of the table [[1.]]
     fair: TransportResult | None        # lam = infinity; None if F has other margins than the samples
 
-# %% ../nbs/ch04_fair_sinkhorn.ipynb #286655d8
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #c742f179
+def _path(C, lams):
+    "The penalties of a curve, rising; by default 31 from 1e-2 to 1e4 times the spread of the cost."
+    if not isinstance(C, Tensor) or C.ndim != 2: raise ValueError(f"C must be a tensor [n, m], got {list(C.shape) if isinstance(C, Tensor) else type(C).__name__}; convert with torch.as_tensor")
+    finite = C[C.isfinite()]
+    if not len(finite): raise ValueError("C must hold a finite cost: inf forbids a pair, and here all pairs are forbidden")
+    if lams is None: return torch.logspace(-2, 4, 31, dtype=torch.float64) * max((finite.max() - finite.min()).item(), 1e-300)
+    lams = torch.as_tensor(lams, dtype=torch.float64).flatten().sort().values
+    if not len(lams): raise ValueError("lams must hold at least one penalty, got none; None takes 31 of them")
+    return lams
+
+# %% ../nbs/ch04_fair_sinkhorn.ipynb #6c916fd7
 def tradeoff_curve(
     C: Float[Tensor, "n m"],           # cost of each pair; inf forbids it
     s: Int[Tensor, "n"],               # group of each row, in 0..K_s-1
@@ -145,15 +169,14 @@ def tradeoff_curve(
     """Solves (4.7) for a whole path of penalties, each from the plan before. Errors and warnings as in `penalized_sinkhorn`.
 
     Example: `tradeoff_curve(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]), [[.25, .25], [.25, .25]], 1., [1., 2.]).results.converged` gives `[True, True]`."""
-    finite = C[C.isfinite()]
-    lams = torch.logspace(-2, 4, 31, dtype=torch.float64) * max((finite.max() - finite.min()).item(), 1e-300) if lams is None else torch.as_tensor(lams, dtype=torch.float64).sort().values
+    lams = _path(C, lams)
     one = [torch.zeros(k, dtype=torch.long, device=C.device) for k in C.shape]
     plain = fair_sinkhorn(C, *one, [[1.]], reg, a, b, tol=tol)
     path = penalized_sinkhorn(C, s, w, F, reg, lams, a, b, penalty=penalty, tol=tol)
     try: fair = fair_sinkhorn(C, s, w, F, reg, a, b, tol=tol)
     except InfeasibleTarget: fair = None
     a, b = path.problem[3:5]
-    linear = (path.f * a).sum(-1) + (path.g * b).sum(-1) + (path.h * path.group_mass).sum((-2, -1))     # = cost + reg KL at the solution
+    linear = (path.f * a).sum(-1) + (path.g * b).sum(-1) + torch.where(path.group_mass > 0, path.h * path.group_mass, 0.).sum((-2, -1))     # = cost + reg KL at the solution
     return TradeoffCurve(lams, path.cost, path.violation, linear, path, plain, fair)
 
 # %% ../nbs/ch04_fair_sinkhorn.ipynb #4802bc0b

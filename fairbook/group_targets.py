@@ -6,7 +6,7 @@
 __all__ = ['InfeasibleTarget', 'independence_target', 'frechet_bounds', 'nearest_target', 'check_target', 'check_quotas',
            'quota_bounds', 'quota_target', 'check_support']
 
-# %% ../nbs/lib_group_targets.ipynb #cbfe5276
+# %% ../nbs/lib_group_targets.ipynb #7584f2b2
 from collections.abc import Sequence
 import math
 import warnings
@@ -16,19 +16,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linprog, nnls
 from scipy.sparse import csc_array, csr_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.sparse.csgraph import connected_components, maximum_flow
 from torch import Tensor
 
 from .projection import ConvergenceWarning
 
-# %% ../nbs/lib_group_targets.ipynb #50a46e82
+# %% ../nbs/lib_group_targets.ipynb #0690f51e
 Vector = Float[Tensor, "_"] | Float[np.ndarray, "_"] | Sequence[float | int]                                          # margins
+Groups = int | np.integer | Sequence[int | np.integer] | Int[np.ndarray, "..."] | Int[Tensor, "..."]                     # group numbers
 Table = Float[Tensor, "_ _"] | Float[np.ndarray, "_ _"] | Sequence[Sequence[float | int]]                             # tables of group masses
 
-# %% ../nbs/lib_group_targets.ipynb #c3f9b2df
+# %% ../nbs/lib_group_targets.ipynb #97f43484
 def _double(name, x, like=None):
     "The finite numbers `x` in float64, without history, on the device of `like`."
-    x = torch.as_tensor(x, dtype=torch.float64, device=None if like is None else like.device).detach()
+    try: x = torch.as_tensor(x if torch.is_tensor(x) else np.array(x, dtype=float), dtype=torch.float64, device=None if like is None else like.device).detach()
+    except (TypeError, ValueError) as error: raise ValueError(f"{name} must be numbers, in lists of equal length, an array or a tensor ({error})") from None
     if not x.isfinite().all(): raise ValueError(f"{name} has {int((~x.isfinite()).sum())} NaN or infinite entries; every mass must be a finite number")
     return x
 
@@ -121,11 +123,12 @@ def _sweep(log_R, M, r, theta, margins):
     for part in margins: theta[part] += (r[part] / (M[part] @ (log_R + theta @ M).exp())).log()
     return theta
 
-# %% ../nbs/lib_group_targets.ipynb #84c7dbf9
+# %% ../nbs/lib_group_targets.ipynb #e427dd6d
 def _ascend(log_R, M, r, theta, step):
-    "The longest of `step`, `step/2`, ... that does not lower the dual; `theta` itself where rounding leaves nothing to gain."
+    "The longest of `step`, `step/2`, ... that changes no exponent by more than 20 and does not lower the dual; `theta` itself where rounding leaves nothing to gain."
     value = lambda t: t @ r - (log_R + t @ M).exp().sum()
     before = value(theta)
+    step = step * min(1., 20. / max((step @ M).abs().max().item(), 1e-300))
     for k in range(40):
         if value(theta + .5**k * step) >= before - 1e-16: return theta + .5**k * step
     return theta
@@ -145,24 +148,38 @@ def _maximise(R, M, r, margins, max_iter=200):
         theta = _ascend(log_R, M, r, theta, _newton(M, g, gap, theta, n_eq, min(max(residual, 1e-13), 1e-6)))
     return best
 
-# %% ../nbs/lib_group_targets.ipynb #7e6fd87c
+# %% ../nbs/lib_group_targets.ipynb #eeb5443b
 def _lp(cost, **conditions):
     "A linear program in nonnegative unknowns, tight tolerances: scipy's result, or None if it is infeasible."
     tight = dict(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-10)
     out = linprog(cost, method="highs", options=tight, **conditions)
+    if out.status not in (0, 2): out = linprog(cost, method="highs", **conditions)               # rarely, rounding leaves the tight ones undecided
     if out.status not in (0, 2): raise RuntimeError(f"the linear program ended with: {out.message}")
     return out if out.status == 0 else None
 
-# %% ../nbs/lib_group_targets.ipynb #84cf0361
+# %% ../nbs/lib_group_targets.ipynb #1b350c57
+def _in_units(M, r, n_eq):
+    "The conditions for entries in units of the smaller of their margins, each divided by its largest coefficient; tiny coefficients dropped."
+    M = M * np.where(M[:n_eq] > 0, r[:n_eq, None], np.inf).min(0)
+    size = np.maximum(np.abs(M).max(1), 1e-300)
+    M, r = M / size[:, None], r / size
+    return np.where(np.abs(M) < 1e-9, 0., M), np.minimum(r, 1e9)
+
+# %% ../nbs/lib_group_targets.ipynb #e394f386
 def _possible(M, r, n_eq, eps=1e-10):
     "Which entries of g >= 0 can be positive under `M g = r` (first rows) and `>= r` (others); None if no g exists."
     M, r, n = M.cpu().numpy(), r.cpu().numpy(), M.shape[1]
-    split = lambda A: dict(A_eq=A[:n_eq], b_eq=r[:n_eq], **(dict(A_ub=-A[n_eq:], b_ub=-r[n_eq:]) if len(A) > n_eq else {}))
-    shifted = np.column_stack([M, M.sum(1)])                         # g = t + something nonnegative
-    out = _lp(-np.eye(n + 1)[n], **split(shifted))
-    if out is None: return None
-    if -out.fun > eps: return torch.ones(n, dtype=torch.bool)
-    return torch.tensor([-_lp(-e, **split(M)).fun > eps for e in np.eye(n)])
+    M, r = _in_units(M, r, n_eq)
+    eye, equal = np.eye(len(r)), np.arange(len(r)) < n_eq
+    A = np.hstack([M, M.sum(1)[:, None], eye, -eye * equal])         # g = nonnegative entries + t, with shortfalls and excesses
+    split = dict(A_eq=A[equal], b_eq=r[equal], **(dict(A_ub=-A[~equal], b_ub=-r[~equal]) if len(r) > n_eq else {}))
+    price = np.concatenate([np.zeros(n + 1), np.full(2 * len(r), 1e4)])
+    most = lambda aim: _lp(price - np.eye(len(price))[aim], **split).x
+    x = most(n)
+    missed = lambda x: x[n + 1:].sum() > 1e-8
+    if missed(x) and missed(_lp(price / 1e4, **split).x): return None
+    if x[n] > eps and not missed(x): return torch.ones(n, dtype=torch.bool)
+    return torch.tensor([most(e)[[e, n]].sum() > eps for e in range(n)])
 
 # %% ../nbs/lib_group_targets.ipynb #3beabc78
 def _margin_rows(Ks, Kw, like):
@@ -170,11 +187,11 @@ def _margin_rows(Ks, Kw, like):
     eye = lambda k: torch.eye(k, dtype=like.dtype, device=like.device)
     return torch.cat([eye(Ks).repeat_interleave(Kw, 1), eye(Kw).repeat(1, Ks)])
 
-# %% ../nbs/lib_group_targets.ipynb #f88521b0
+# %% ../nbs/lib_group_targets.ipynb #11bf594a
 def _nearest(R, p, q, B=None, c=None):
     "argmin KL(G | R) over targets with `B.flatten(1) @ G.flatten() >= c`, B [k, K_s, K_w]; None if there is none."
     total, rows, cols = p.sum(), p > 0, q > 0
-    sub = (R * rows[:, None] * cols).flatten()
+    sub = (R / R.max().clamp(min=1e-300) * rows[:, None] * cols).flatten()
     M = _margin_rows(len(p), len(q), p)[torch.cat([rows, cols])]
     r = torch.cat([p[rows] / total, q[cols] / q.sum()])
     n_eq, n_rows = len(r), int(rows.sum())
@@ -186,6 +203,7 @@ def _nearest(R, p, q, B=None, c=None):
         if possible is None: return None
         on[on.clone()] = possible.to(on.device)
     g, residual = _maximise(sub[on] / sub[on].sum(), M[:, on], r, (slice(n_rows), slice(n_rows, n_eq)))
+    if not residual <= 1e-6: raise RuntimeError(f"no target was found: the best table still violates a condition by {residual:.1e} of the total mass; leave out very small groups, or mix independence into the reference")
     if residual > 1e-11: warnings.warn(f"the nearest target was found to {residual:.1e} of the total mass only; the reference spans too many orders of magnitude", ConvergenceWarning, stacklevel=3)
     return torch.zeros_like(sub).masked_scatter_(on, g * total).view_as(R)
 
@@ -218,24 +236,29 @@ def nearest_target(
     raise InfeasibleTarget(f"the zeros of F leave no target: groups s in {rows} hold {missing:.4g} more mass than the groups w in {cols}, the only ones "
                            f"where F lets them go; put mass into a zero, e.g. F + 1e-3 * independence_target(p, q)", missing=missing, rows=rows, columns=cols)
 
-# %% ../nbs/lib_group_targets.ipynb #8c48a420
+# %% ../nbs/lib_group_targets.ipynb #e4669f7d
+def _fits(F, p, q):
+    "Whether F has the margins p, q, to rounding."
+    return max((F.sum(1) - p).abs().max(), (F.sum(0) - q).abs().max()) <= 1e-9 * p.sum()
+
 def _refuse(F, p, q, gaps):
     "Raise `InfeasibleTarget` with the nearest target; with a little independence mixed in where the zeros of F allow none."
     try: nearest, how = nearest_target(F, p, q), "nearest_target(F, p, q)"
     except InfeasibleTarget: nearest, how = nearest_target(F + 1e-3 * independence_target(p, q), p, q), "nearest_target(F + 1e-3 * independence_target(p, q), p, q)"
     text = f"no plan has these group masses: F.sum(1) is off p by up to {gaps[0]:.3g}, F.sum(0) is off q by up to {gaps[1]:.3g}, and every plan meets both."
-    if F.T.shape == F.shape and max((F.sum(0) - p).abs().max(), (F.sum(1) - q).abs().max()) < 1e-9: text += " F.T does fit: rows are the groups s of p."
-    elif max(gaps) < 1e-6: text += " That is rounding of float32: make F in float64, torch.tensor([...], dtype=torch.float64)."
-    raise InfeasibleTarget(f"{text} Use the nearest target, {how} = {_show(nearest)}, or penalized_sinkhorn, which takes any F and trades it against cost",
+    if F.T.shape == F.shape and _fits(F.T, p, q): text += " F.T does fit: rows are the groups s of p."
+    elif F.sum() > 0 and _fits(F * (p.sum() / F.sum()), p, q): text += f" F looks like counts: F * {p.sum() / F.sum():.6g} does fit, so divide F by its sum (and multiply by that of p)."
+    elif max(gaps) < 1e-6 * p.sum() and torch.equal(F, F.float().double()): text += " That is rounding of float32: make F in float64, torch.tensor([...], dtype=torch.float64)."
+    raise InfeasibleTarget(f"{text} Use the nearest target, {how}, to four digits {_show(nearest)}, in full the attribute `.nearest` of this error; or penalized_sinkhorn, which takes any F and trades it against cost",
                            row_gap=gaps[0], column_gap=gaps[1], nearest=nearest)
 
-# %% ../nbs/lib_group_targets.ipynb #c6a9b4ac
+# %% ../nbs/lib_group_targets.ipynb #20851253
 def check_target(
     F: Table,                   # [K_s, K_w] group masses
     p: Vector,                  # [K_s] group masses of the sources, >= 0
     q: Vector,                  # [K_w] group masses of the destinations, same total
     *,
-    tol: float = 1e-9,          # largest gap of a margin, in units of mass; entries in [-tol, 0) count as 0
+    tol: float = 1e-9,          # largest gap of a margin, relative to the total mass; entries in [-tol, 0) of it count as 0
 ) -> Float[Tensor, "K_s K_w"]:  # `F` in float64
     """`F`, if a plan with these group masses exists, by (G.1) and (G.2); every pair is taken to be allowed, see `check_support`.
 
@@ -244,6 +267,7 @@ def check_target(
     Example: `check_target([[.3, .2], [.1, .4]], [.5, .5], [.4, .6])` gives `[[.3, .2], [.1, .4]]`."""
     if not 0 <= tol < math.inf: raise ValueError(f"tol must be a number >= 0, got {tol}")
     p, q = _margins(p, q)
+    tol = tol * float(p.sum())
     F = _table("F", F, p, q, tol)
     if ((outside := F * ((p[:, None] <= 0) | (q <= 0))) > tol).any():
         s, w = np.argwhere((outside > tol).cpu().numpy())[0].tolist()
@@ -316,13 +340,15 @@ def check_quotas(
     raise InfeasibleTarget(f"no target lies between lower and upper: {why}. The bounds have to give way by {missing:.4g} in total; such a box is "
                            f"lower = {_show(nearest[0])}, upper = {_show(nearest[1])}", nearest=nearest, missing=missing, rows=rows, columns=columns)
 
-# %% ../nbs/lib_group_targets.ipynb #7a62e5b7
+# %% ../nbs/lib_group_targets.ipynb #78571a85
 def _groups(name, x, K, default=None):
-    "Distinct group numbers below K."
-    x = default if x is None else [x] if isinstance(x, int) else list(x)
-    if not x or len(set(x)) < len(x) or not all(isinstance(g, int) and 0 <= g < K for g in x):
+    "Distinct group numbers below K, from whole numbers of any kind."
+    try: given = np.asarray(default if x is None else x.cpu() if torch.is_tensor(x) else x)
+    except ValueError: given = np.empty(0)
+    found = given.ravel().tolist()
+    if given.dtype.kind not in "iu" or given.ndim > 1 or len(set(found)) < len(found) or not found or not all(0 <= g < K for g in found):
         raise ValueError(f"{name} must be one group or distinct groups in 0..{K - 1}, got {x}")
-    return x
+    return found
 
 # %% ../nbs/lib_group_targets.ipynb #616bfb2e
 def _fraction(name, x):
@@ -330,14 +356,14 @@ def _fraction(name, x):
     if not 0 <= x <= 1: raise ValueError(f"{name} must lie in [0, 1], got {x}")
     return float(x)
 
-# %% ../nbs/lib_group_targets.ipynb #a7afbfb7
+# %% ../nbs/lib_group_targets.ipynb #46096910
 def _four_fifths_rows(p, q, favoured, groups, ratio):
-    "Conditions `p_s (r_s - ratio r_t) >= 0`: B [k, K_s, K_w] and c [k]."
+    "Conditions `min(p_s, p_t) (r_s - ratio r_t) >= 0`: B [k, K_s, K_w] and c [k]."
     pairs = [(s, t) for s in groups for t in groups if s != t and p[s] > 0 and p[t] > 0]
     B = p.new_zeros(len(pairs), len(p), len(q))
     for k, (s, t) in enumerate(pairs):
-        B[k, s, favoured] = 1.
-        B[k, t, favoured] = -ratio * p[s] / p[t]
+        B[k, s, favoured] = torch.minimum(p[s], p[t]) / p[s]
+        B[k, t, favoured] = -ratio * torch.minimum(p[s], p[t]) / p[t]
     return B, p.new_zeros(len(pairs))
 
 # %% ../nbs/lib_group_targets.ipynb #5cda035b
@@ -347,11 +373,12 @@ def _share_rows(p, q, favoured, groups, share):
     for k, (s, w) in enumerate((s, w) for s in groups for w in favoured): B[k, s, w] = 1.
     return B, share * q[favoured].repeat(len(groups))
 
-# %% ../nbs/lib_group_targets.ipynb #1b2fa299
+# %% ../nbs/lib_group_targets.ipynb #1d9468d1
 def _band(p, q, w, groups, ratio, rate):
     "Selection-rate bounds (low, high), each [K_s], for one favoured column: exact for two groups, else a common band."
     low, high = torch.zeros_like(p), torch.ones_like(p)
-    if len(groups) == 2 == int((p > 0).sum()) and rate is None and (p[groups] > 0).all():
+    groups = [s for s in groups if p[s] > 0]                         # an empty group has no rate
+    if len(groups) == 2 == int((p > 0).sum()) and rate is None:
         mine, other = p[groups], p[groups[::-1]]
         low[groups], high[groups] = ratio * q[w] / (other + ratio * mine), q[w] / (mine + ratio * other)
         return low, high
@@ -362,14 +389,14 @@ def _band(p, q, w, groups, ratio, rate):
     low[groups], high[groups] = rate * ratio**.5, rate / ratio**.5
     return low, high
 
-# %% ../nbs/lib_group_targets.ipynb #6bc98234
+# %% ../nbs/lib_group_targets.ipynb #1cff1c44
 def quota_bounds(
     p: Vector,                    # [K_s] group masses of the sources, >= 0
     q: Vector,                    # [K_w] group masses of the destinations, same total
     rule: str,                    # "share" or "four-fifths"
     *,
-    favoured: int | Sequence[int],                # the favoured groups w; one only for "four-fifths"
-    groups: int | Sequence[int] | None = None,    # the groups s that the rule lists; None: all
+    favoured: Groups,             # the favoured groups w; one only for "four-fifths"
+    groups: Groups | None = None, # the groups s that the rule lists; None: all
     share: float = .4,            # "share": least share of each favoured column for each listed group
     ratio: float = .8,            # "four-fifths": least ratio of two selection rates, > 0
     rate: float | None = None,    # "four-fifths": middle of a common band of selection rates; None: the overall rate
@@ -393,15 +420,15 @@ def quota_bounds(
     lower[:, favoured[0]], upper[:, favoured[0]] = low * p, torch.minimum(high * p, upper[:, favoured[0]])
     return check_quotas(lower, torch.maximum(lower, upper), p, q)
 
-# %% ../nbs/lib_group_targets.ipynb #386371fe
+# %% ../nbs/lib_group_targets.ipynb #e2a6c37a
 def quota_target(
     p: Vector,                    # [K_s] group masses of the sources, >= 0
     q: Vector,                    # [K_w] group masses of the destinations, same total
     rule: str,                    # "share" or "four-fifths"
     *,
-    favoured: int | Sequence[int],                # the favoured groups w
-    reference: Table | None = None,               # [K_s, K_w] masses to stay near, e.g. of the unconstrained plan; None: independence
-    groups: int | Sequence[int] | None = None,    # the groups s that the rule lists; None: all
+    favoured: Groups,             # the favoured groups w
+    reference: Table | None = None, # [K_s, K_w] masses to stay near, e.g. of the unconstrained plan; None: independence
+    groups: Groups | None = None, # the groups s that the rule lists; None: all
     share: float = .4,            # "share": least share of each favoured column for each listed group
     ratio: float = .8,            # "four-fifths": least ratio of two selection rates
 ) -> Float[Tensor, "K_s K_w"]:    # float64
@@ -429,18 +456,33 @@ def _merge(ok, group, mass):
     _, first, label = np.unique(key, axis=0, return_index=True, return_inverse=True)
     return ok[first], group[first], np.bincount(label.ravel(), mass, minlength=len(first)), label.ravel()
 
-# %% ../nbs/lib_group_targets.ipynb #082f079d
-def _flow(I, J, a, b):
-    "Maximum flow over the pairs (I, J): an upper bound of what they can carry, and which pairs carry something."
-    n, m, unit = len(a), len(b), max(a.sum(), b.sum()) / 2**30
-    rows, cols = (np.floor(x / unit).astype(np.int32) for x in (a, b))
+# %% ../nbs/lib_group_targets.ipynb #d06c6ddb
+def _unit(a, b, n, m):
+    "A unit of mass, and by how much a flow counted in it may fall short: 0 where all masses are whole multiples, as with uniform weights of n and m samples."
+    fine, total = math.lcm(n, m), max(a.sum(), b.sum())
+    x = np.concatenate([a, b]) * (fine / total)
+    if fine < 2**30 and abs(x - np.rint(x)).max() <= 1e-12 * fine: return total / fine, 0.
+    return total / 2**30, (len(a) + len(b)) * total / 2**30
+
+# %% ../nbs/lib_group_targets.ipynb #97085a85
+def _flow(I, J, a, b, unit):
+    "Maximum flow over the pairs (I, J), in units of mass: its value, and which pairs carry something."
+    n, m = len(a), len(b)
+    rows, cols = (np.floor(x / unit + 1e-6).astype(np.int32) for x in (a, b))
     tail = np.concatenate([np.zeros(n, np.int32), 1 + I, 1 + n + np.arange(m)])
     head = np.concatenate([1 + np.arange(n), 1 + n + J, np.full(m, n + m + 1)])
     capacity = np.concatenate([rows, np.minimum(rows[I], cols[J]), cols])
     out = maximum_flow(csr_array((capacity, (tail, head)), shape=(n + m + 2,) * 2), 0, n + m + 1)
     flow = out.flow.tocoo()
     carrying = (flow.data > 0) & (0 < flow.row) & (flow.row <= n)
-    return (out.flow_value + n + m) * unit, np.isin(I * m + J, (flow.row[carrying].astype(np.int64) - 1) * m + flow.col[carrying] - 1 - n)
+    return out.flow_value * unit, np.isin(I * m + J, (flow.row[carrying].astype(np.int64) - 1) * m + flow.col[carrying] - 1 - n)
+
+# %% ../nbs/lib_group_targets.ipynb #15cf6825
+def _usable(I, J, carries, n, m):
+    "Which pairs carry mass in some plan with the margins that the flow meets exactly."
+    tail, head = np.concatenate([I, n + J[carries]]), np.concatenate([n + J, I[carries]])
+    _, label = connected_components(csr_array((np.ones(len(tail), np.int8), (tail, head)), shape=(n + m,) * 2), connection="strong")
+    return label[I] == label[n + J]
 
 # %% ../nbs/lib_group_targets.ipynb #52ed6015
 def _place(I, J, k, rhs, n, m):
@@ -485,26 +527,28 @@ def _weights(name, x, n):
     if x.shape != (n,) or (x < 0).any() or x.sum() <= 0: raise ValueError(f"{name} must be {n} weights >= 0 with a positive total, got shape {x.shape} and smallest {x.min():.3g}")
     return x
 
-# %% ../nbs/lib_group_targets.ipynb #c5bb9f31
-def _labels(name, x, n, K):
+# %% ../nbs/lib_group_targets.ipynb #e390c9ae
+def _labels(name, x, n, K=2**31):
     "Group labels [n] in 0..K-1 as numpy."
-    x = torch.as_tensor(x).cpu().numpy()
+    x = x.cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
     if x.shape != (n,) or x.dtype.kind not in "iu" or (n and (x.min() < 0 or x.max() >= K)):
         raise ValueError(f"{name} must be {n} whole numbers in 0..{K - 1} (a group for each line of allowed), got shape {x.shape}, type {x.dtype}")
     return x.astype(np.int64)
 
-# %% ../nbs/lib_group_targets.ipynb #ebf21f58
-def _flow_tests(I, J, k, a, b, F):
-    "Necessary conditions by maximum flow: (mass missing for certain, where), and the pairs that carried some flow."
-    bound, start = _flow(I, J, a, b)
-    worst = (a.sum() - bound, f"all allowed pairs together can carry at most {bound:.6g} of the mass {a.sum():.6g}, whatever F is", None)
+# %% ../nbs/lib_group_targets.ipynb #6f3a039d
+def _flow_tests(I, J, k, a, b, F, unit, slack):
+    "Necessary conditions by maximum flow: (mass missing for certain, where), the pairs that carried some flow, and those that can be used."
+    flow, start = _flow(I, J, a, b, unit)
+    worst = (a.sum() - flow - slack, f"all allowed pairs together can carry at most {flow:.6g} of the mass {a.sum():.6g}, whatever F is", None)
+    usable = _usable(I, J, start, len(a), len(b)) if slack == 0 and worst[0] < unit / 2 else np.ones(len(I), bool)
     for block in np.flatnonzero(F.ravel() > 0) if F.size > 1 else []:
-        here = np.flatnonzero(k == block)
-        bound, used = _flow(I[here], J[here], a, b)
+        here = np.flatnonzero((k == block) & usable)
+        flow, used = _flow(I[here], J[here], a, b, unit)
         start[here[used]] = True
         s, w, need = *divmod(int(block), F.shape[1]), F.flat[block]
-        if need - bound > worst[0]: worst = (need - bound, f"the allowed pairs of block ({s}, {w}) can carry at most {bound:.6g}, but F asks for {need:.6g}", (s, w))
-    return worst, start
+        can = f"the allowed pairs of block ({s}, {w}) can carry at most {flow:.6g}" if len(here) else f"block ({s}, {w}) has no allowed pair that a plan can use"
+        if need - flow - slack > worst[0]: worst = (need - flow - slack, f"{can}, but F asks for {need:.6g}", (s, w))
+    return worst, start, usable
 
 # %% ../nbs/lib_group_targets.ipynb #70345374
 def _no_partner(mass, has):
@@ -518,19 +562,21 @@ def _reduce(ok, s, w, a, b):
     ok, w, b, col_class = _merge(np.ascontiguousarray(ok.T), w, b)
     return np.ascontiguousarray(ok.T), s, w, a, b, row_class, col_class
 
-# %% ../nbs/lib_group_targets.ipynb #21d7296c
+# %% ../nbs/lib_group_targets.ipynb #7a29e91b
 def _decide(ok, s, w, a, b, F, max_pairs, tol):
     "True: a plan exists; False: undecided; else (missing, sentence, rows, columns)."
     for word, mass, has, side in ("sources i", a, ok.any(1), 0), ("destinations j", b, ok.any(0), 1):
         if lost := _no_partner(mass, has):
             where = ([lost, None], [None, lost])[side]
             return mass[lost].sum(), f"{len(lost)} {word} have mass but no usable pair, e.g. {lost[:5]}", *where
+    samples = ok.shape
     ok, s, w, a, b, row_class, col_class = _reduce(ok, s, w, a, b)
     I, J = np.nonzero(ok)
     if len(I) > max_pairs: return False
     k, n, m = s[I] * F.shape[1] + w[J], *ok.shape
-    (missing, why, block), start = _flow_tests(I, J, k, a, b, F)
+    (missing, why, block), start, usable = _flow_tests(I, J, k, a, b, F, *_unit(a, b, *samples))
     if missing > tol * a.sum(): return missing, why, *([None, None] if block is None else [np.flatnonzero(x == g).tolist() for x, g in ((s[row_class], block[0]), (w[col_class], block[1]))])
+    I, J, k, start = (x[usable] for x in (I, J, k, start))
     scale = max(n, m) / a.sum()
     out = _generate(I, J, k, np.concatenate([a, b, F.ravel()]) * scale, n, m, start | (len(I) <= 20_000), 3, tol)
     if out is None or out[0] == 0: return out is not None
@@ -538,21 +584,21 @@ def _decide(ok, s, w, a, b, F, max_pairs, tol):
     blocks = [divmod(int(x), F.shape[1]) for x in out[1] - n - m if x >= 0]
     return out[0] / scale, f"each block alone could be carried, but not all together; a best partial plan falls short in blocks {blocks}", *left
 
-# %% ../nbs/lib_group_targets.ipynb #b6820a8e
+# %% ../nbs/lib_group_targets.ipynb #595c4d97
 def check_support(
     allowed: Bool[Tensor, "n m"] | Bool[np.ndarray, "n m"],    # which pairs may carry mass
     s: Int[Tensor, "n"] | Int[np.ndarray, "n"] | Sequence[int],  # group of each source
     w: Int[Tensor, "m"] | Int[np.ndarray, "m"] | Sequence[int],  # group of each destination
     a: Vector | None = None,     # [n] source weights >= 0; None: uniform, 1/n
     b: Vector | None = None,     # [m] destination weights, same total; None: uniform, 1/m
-    F: Table | None = None,      # [K_s, K_w] group masses; None: margins only, the groups do not matter
+    F: Table | None = None,      # [K_s, K_w] group masses; None: margins only, s and w are read and do not matter
     *,
     max_pairs: int = 10**6,      # more usable pairs than this, after merging equal rows and columns, are not tried
     tol: float = 1e-9,           # unplaced mass that is put down to rounding, relative to the total
 ) -> bool:                       # True: such a plan exists; False: not decided
-    """Can a plan with margins `a`, `b` and group masses `F` live on the allowed pairs? Exact in both directions, by merging, maximum flow and column generation for (G.7).
+    """Can a plan with margins `a`, `b` and group masses `F` live on the allowed pairs? Exact in both directions, by merging, maximum flow (which for uniform weights also drops the pairs that no plan can use) and column generation for (G.7).
 
-    False means undecided: more than `max_pairs` usable pairs, or a knotty pattern of more than 20,000 pairs that three rounds of column generation did not settle. Solvers then go on, and must watch for a dual that grows without bound.
+    Lists, arrays and tensors are read alike, weights may be zero and of any equal total; the solvers of chapter 4 ask for tensors, and for positive weights of sum one. False means undecided: more than `max_pairs` usable pairs, or a knotty pattern of more than 20,000 pairs that three rounds of column generation did not settle. Solvers then go on, and must watch for a dual that grows without bound.
     Raises `InfeasibleTarget` if no plan exists: `missing` is mass that certainly cannot be placed, `rows` and `columns` samples concerned. `ValueError` for bad input.
     Cost: a few linear programs with some ten (n + m) unknowns; seconds for a million pairs.
 
@@ -561,11 +607,11 @@ def check_support(
     if ok.ndim != 2 or ok.dtype != bool or not ok.size: raise ValueError(f"allowed must be a boolean matrix [n, m], got shape {ok.shape}, type {ok.dtype}; for a cost matrix use C.isfinite()")
     n, m = ok.shape
     a, b = _weights("a", a, n), _weights("b", b, m)
-    if F is None: s, w, F = np.zeros(n, np.int64), np.zeros(m, np.int64), [[a.sum()]]
+    if F is None: s, w, F = 0 * _labels("s", s, n), 0 * _labels("w", w, m), [[a.sum()]]
     F = _double("F", F).cpu()
     if F.ndim != 2: raise ValueError(f"F must be a table [K_s, K_w], got shape {tuple(F.shape)}")
     s, w = _labels("s", s, n, F.shape[0]), _labels("w", w, m, F.shape[1])
-    F = check_target(F, np.bincount(s, a, F.shape[0]), np.bincount(w, b, F.shape[1]), tol=max(tol * a.sum(), 0.)).numpy()
+    F = check_target(F, np.bincount(s, a, F.shape[0]), np.bincount(w, b, F.shape[1]), tol=tol).numpy()
     verdict = _decide(ok & (F[s][:, w] > 0) & (a > 0)[:, None] & (b > 0), s, w, a, b, F, max_pairs, tol)
     if isinstance(verdict, bool): return verdict
     missing, why, rows, columns = verdict

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['TransportResult', 'fair_sinkhorn', 'penalized_sinkhorn', 'quota_sinkhorn']
 
-# %% ../nbs/lib_group_transport.ipynb #36e72f44
-import math
-import warnings
+# %% ../nbs/lib_group_transport.ipynb #ba290704
+import math, operator, warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from scipy.optimize import linprog
 from scipy.special import wrightomega
 from torch import Tensor
 
-from .group_targets import check_quotas, check_support, check_target
+from .group_targets import InfeasibleTarget, check_quotas, check_support, check_target, nearest_target
 from .projection import ConvergenceWarning
 
 # %% ../nbs/lib_group_transport.ipynb #c5af6352
@@ -31,24 +30,27 @@ _TIGHT = dict(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-
 # %% ../nbs/lib_group_transport.ipynb #5aed2b00
 def _on_cpu(x): return x.device.type == "cpu"
 
-# %% ../nbs/lib_group_transport.ipynb #8fc1b1a6
+# %% ../nbs/lib_group_transport.ipynb #43bc5dfb
 class _Problem:
     "One problem, rows sorted by group. Vectors are numpy arrays on the CPU and tensors elsewhere; the cost is a tensor."
     def __init__(self, C, s, w, a, b, K):
-        self.order = None if bool((s[1:] >= s[:-1]).all()) else torch.argsort(s, stable=True)
-        sort = lambda x: x if self.order is None else x[self.order]
+        S, W = s.cpu().numpy(), w.cpu().numpy()
+        order = None if (S[1:] >= S[:-1]).all() else np.argsort(S, kind="stable")
+        self.order = None if order is None else torch.from_numpy(order).to(C.device)
+        sort, S = lambda x: x if self.order is None else x[self.order], S if order is None else S[order]
         self.C, self.shape, self.K, self.closed = sort(C), tuple(C.shape), tuple(K), None
         self.cpu, self.xp = _on_cpu(C), np if _on_cpu(C) else torch
         self.s, self.w, self.a, self.b = map(self.array, (sort(s), w, sort(a), b))
-        self.A, self.B = (self.array(torch.eye(k, dtype=torch.float64, device=C.device)[t]) for t, k in ((sort(s), K[0]), (w, K[1])))
+        self.log_a, self.log_b = self.xp.log2(self.a), self.xp.log2(self.b)
+        self.A, self.B = self.back(np.eye(K[0])[S]), self.back(np.eye(K[1])[W])
         self.p, self.q = self.a @ self.A, self.b @ self.B
-        low, high = (float(x) for x in C.aminmax())
+        low, high = (x.item() for x in C.aminmax())
         self.forbids = high == math.inf
         if self.forbids: high = float(C.masked_fill(C.isinf(), -math.inf).max())
         self.high, self.extent = high, high - low
-        edges = torch.searchsorted(sort(s), torch.arange(K[0] + 1, device=s.device)).tolist()
+        edges = np.searchsorted(S, np.arange(K[0] + 1)).tolist()
         self.blocks = [(k, i, j) for k, (i, j) in enumerate(zip(edges[:-1], edges[1:])) if i < j]
-        self.passes, self.buffer, self.ones = 0, None, self.zeros(self.shape[1]) + 1
+        self.passes, self.ones = 0, self.zeros(self.shape[1]) + 1
 
     def array(self, t): return t.numpy() if self.cpu else t
     def tensor(self, x): return torch.from_numpy(x) if self.cpu else x
@@ -66,48 +68,74 @@ class _Problem:
         step = max(1, (size if self.cpu else 1 << 30) // (8 * self.shape[1]))
         return [(k, i, min(i + step, j)) for k, start, j in self.blocks for i in range(start, j, step)]
 
-# %% ../nbs/lib_group_transport.ipynb #d5880fb6
+    @cached_property
+    def void(self):
+        "Pairs of groups all of whose pairs are forbidden: their mass is 0 whatever h. None if there is no such pair."
+        if not self.forbids: return None
+        some = self.A.T @ self.array(self.C.isfinite().double()) @ self.B > 0
+        return None if bool(some.all()) else ~some
+
+    @cached_property
+    def pieces(self):
+        "The chunks of a pass, 256 kB each: (group, rows, their costs, room for as many float64, the same for all)."
+        chunks = self.chunks(1 << 18)
+        room = torch.empty(max(j - i for _, i, j in chunks), self.shape[1], dtype=torch.float64, device=self.C.device)
+        return [(k, slice(i, j), self.C[i:j], room[:j - i]) for k, i, j in chunks]
+
+# %% ../nbs/lib_group_transport.ipynb #e1d2fefe
 def _factors(p, reg, f, g, h):
-    "Row part [n] and column part [K_s, m] of log2 of the plan, tensors; -inf where no mass may go."
-    unit, log2 = reg * _LN2, p.xp.log2
-    columns = (g + h[:, p.w]) / unit + log2(p.b)
+    "Row part [n, 1] and column part [K_s, m] of log2 of the plan, tensors; -inf where no mass may go."
+    unit = reg * _LN2
+    columns = (g + h[:, p.w]) / unit + p.log_b
     if p.closed is not None: columns = p.xp.where(p.closed[:, p.w], -math.inf, columns)
-    return p.tensor(f / unit + log2(p.a)), p.tensor(columns)
+    return p.tensor((f / unit + p.log_a)[:, None]), p.tensor(columns)
 
-# %% ../nbs/lib_group_transport.ipynb #c98bb873
-def _exponents(p, reg, rows, columns, chunk):
-    "log2 of the plan in a chunk of rows, in a buffer that is used again and again."
-    k, i, j = chunk
-    if p.buffer is None or len(p.buffer) < j - i: p.buffer = columns.new_empty(j - i, p.shape[1])
-    return torch.add(columns[k], p.C[i:j].double(), alpha=-1 / (reg * _LN2), out=p.buffer[:j - i]).add_(rows[i:j, None])
+# %% ../nbs/lib_group_transport.ipynb #b7a874e8
+def _exponents(reg, rows, columns, piece):
+    "log2 of the plan in a piece, in a buffer that is used again and again."
+    k, at, C, room = piece
+    return torch.add(columns[k], C, alpha=-1 / (reg * _LN2), out=room).add_(rows[at])
 
-# %% ../nbs/lib_group_transport.ipynb #4cdfa45c
+# %% ../nbs/lib_group_transport.ipynb #c28af951
 def _plan_blocks(p, reg, f, g, h):
     "The plan of these potentials, some rows of one group at a time: (group, rows, entries). One pass over the cost."
     rows, columns = _factors(p, reg, f, g, h)
     p.passes += 1
-    for chunk in p.chunks(1 << 18): yield chunk[0], slice(*chunk[1:]), p.array(_exponents(p, reg, rows, columns, chunk).exp2_())
+    for piece in p.pieces: yield *piece[:2], p.array(_exponents(reg, rows, columns, piece).exp2_())
 
-# %% ../nbs/lib_group_transport.ipynb #46c630bf
+# %% ../nbs/lib_group_transport.ipynb #df3f33c9
+def _centre(h, rows, columns):
+    "x and y for which h - x 1' - 1 y' has these row and column sums (of equal total)."
+    x, y = (h.sum(1) - rows) / h.shape[1], (h.sum(0) - columns) / h.shape[0]
+    half = x.sum() / (2 * len(x))
+    return x - half, y - half
+
+# %% ../nbs/lib_group_transport.ipynb #adb3aaf9
+def _lifted(p, f, g, h, lift):
+    "Potentials once `lift`, a constant for each group of rows plus one for each group of columns, has gone to f and g."
+    x, y = _centre(lift, 0., 0.)
+    return f + x[p.s], g + y[p.w], h
+
+# %% ../nbs/lib_group_transport.ipynb #9068851c
 class _LogSweep:
-    "Potentials f, g, h; the exponentials are taken anew in each sweep: nothing is stored and nothing overflows."
-    def __init__(self, p, reg, f, g, h): self.p, self.reg, self.f, self.g, self.h = p, reg, f, g, h
+    "Potentials f, g, h (and `lift`, what the gauge has taken from h); the exponentials are taken anew in each sweep: nothing is stored and nothing overflows."
+    def __init__(self, p, reg, f, g, h): self.p, self.reg, self.f, self.g, self.h, self.lift = p, reg, f, g, h, 0 * h
 
     def sweep(self):
         "Row update. Returns the mass [K_s, m] that each column gets from each group of rows, and by how much the rows were off."
-        p, (rows, columns), a = self.p, _factors(self.p, self.reg, self.f, self.g, self.h), self.p.tensor(self.p.a)
-        M, log_ratio = torch.zeros_like(columns), torch.empty_like(rows)
+        p, (rows, columns), a = self.p, _factors(self.p, self.reg, self.f, self.g, self.h + self.lift), self.p.tensor(self.p.a)
+        M, log_ratio = torch.zeros_like(columns), torch.empty_like(a)
         p.passes += 1
-        for chunk in p.chunks(1 << 18):
-            k, i, j = chunk
-            E, top = _exponents(p, self.reg, rows, columns, chunk).exp2_(), 0.
+        for piece in p.pieces:
+            k, at, *_ = piece
+            E, top = _exponents(self.reg, rows, columns, piece).exp2_(), 0.
             r = E.sum(1)
             if not (float(r.min()) > 1e-200 and float(r.max()) < 1e200):     # far from the solution: relative to the largest term
-                E = _exponents(p, self.reg, rows, columns, chunk)
+                E = _exponents(self.reg, rows, columns, piece)
                 top = E.amax(1)
                 r = E.sub_(top[:, None]).exp2_().sum(1)
-            ratio = a[i:j] / r
-            log_ratio[i:j] = ratio.log2() - top
+            ratio = a[at] / r
+            log_ratio[at] = ratio.log2() - top
             M[k] += ratio @ E
         off = float((a * ((-log_ratio).clamp(max=99.).exp2() - 1).abs()).sum())
         self.f = self.f + self.reg * _LN2 * p.array(log_ratio)
@@ -117,76 +145,70 @@ class _LogSweep:
     def columns(self):
         "Where a column gets next to nothing: the column update in full logarithms, one more pass. Returns the masses after it."
         p, unit = self.p, self.reg * _LN2
-        rows, columns = _factors(p, self.reg, self.f, self.g, self.h)
+        rows, columns = _factors(p, self.reg, self.f, self.g, self.h + self.lift)
         T = torch.full_like(columns, -math.inf)
-        for chunk in p.chunks(1 << 18):
-            E = _exponents(p, self.reg, rows, columns, chunk)
-            T[chunk[0]] = torch.logaddexp2(T[chunk[0]], torch.logsumexp(E * _LN2, 0) / _LN2)
+        for piece in p.pieces:
+            E, k = _exponents(self.reg, rows, columns, piece), piece[0]
+            T[k] = torch.logaddexp2(T[k], torch.logsumexp(E * _LN2, 0) / _LN2)
         p.passes += 1
         change = p.tensor(p.b).log2() - torch.logsumexp(T * _LN2, 0) / _LN2
         self.g = self.g + unit * p.array(change)
         return (T + change).exp2()
 
-    def move(self, ratio, grow, h, shift):
-        "Column and group update; then constants move between f, g and h."
-        self.g, self.h = self.g + self.reg * self.p.xp.log(ratio), h
-        if shift is not None:
-            x, y = shift
-            self.f, self.g, self.h = self.f + x[self.p.s], self.g + y[self.p.w], h - x[:, None] - y
+    def move(self, ratio, grow, h, to):
+        "Column and group update; then the gauge takes h to `to`, and `lift` makes up for it."
+        self.g, self.h, self.lift = self.g + self.reg * self.p.xp.log(ratio), to, self.lift + (h - to)
 
-    def potentials(self): return self.f, self.g, self.h
+    def potentials(self): return _lifted(self.p, self.f, self.g, self.h, self.lift)
 
-# %% ../nbs/lib_group_transport.ipynb #ed6cce9c
+# %% ../nbs/lib_group_transport.ipynb #ff51a085
 class _StoredSweep:
     "Scalings u, v, L around a stored plan K of given potentials; one pass over K per sweep."
     def __init__(self, p, reg, f, g, h):
-        self.p, self.reg, self.ranges, self.single = p, reg, p.chunks(1 << 21), p.C.dtype == torch.float32
+        self.p, self.reg, self.single = p, reg, p.C.dtype == torch.float32
         self.K = p.array(torch.empty_like(p.C, memory_format=torch.contiguous_format))
+        self.parts = [(k, slice(i, j), self.K[i:j], p.a[i:j]) for k, i, j in p.chunks(1 << 21)]
         self.absorb(f, g, h)
 
     def absorb(self, f, g, h):
         "Store the plan of these potentials, and start again with scalings of one."
         p = self.p
         for _, rows, E in _plan_blocks(p, self.reg, f, g, h): self.K[rows] = E
-        self.f, self.g, self.h, self.start = f, g, h, (f, g, h)
+        self.f, self.g, self.h, self.lift, self.start = f, g, h, 0 * h, (f, g, h)
         self.u, self.v, self.L = p.zeros(p.shape[0]) + 1, p.zeros(p.shape[1]) + 1, p.zeros(*p.K) + 1
 
     def _cast(self, x): return x if not self.single else x.astype(np.float32) if self.p.cpu else x.float()
 
     def sweep(self):
-        p, K, cast = self.p, self.K, self._cast
+        p, cast = self.p, self._cast
         x = self.L[:, p.w] * self.v
         y, T, u = cast(x), p.zeros(*x.shape), p.zeros(p.shape[0])
-        for k, i, j in self.ranges:
-            u[i:j] = p.a[i:j] / (K[i:j] @ y[k])
-            T[k] += cast(u[i:j]) @ K[i:j]
+        for k, rows, K, a in self.parts:
+            u[rows] = part = a / (K @ y[k])
+            T[k] += cast(part) @ K
         p.passes += 1
         off, self.u = float(abs(self.u / u - 1) @ p.a), u
         return x * T, off
 
-    def move(self, ratio, grow, h, shift):
-        self.v, self.L, self.h = self.v * ratio, self.L * grow, h
-        if shift is not None:
-            exp, (x, y) = self.p.xp.exp, shift
-            self.u, self.v = self.u * exp(x / self.reg)[self.p.s], self.v * exp(y / self.reg)[self.p.w]
-            self.L, self.h = self.L * exp((-x[:, None] - y) / self.reg), h - x[:, None] - y
+    def move(self, ratio, grow, h, to):
+        self.v, self.L, self.h, self.lift = self.v * ratio, self.L * grow, to, self.lift + (h - to)
 
     def spread(self):
         "Largest logarithm among the scalings: what K has not absorbed yet."
-        ends = [float(t) for x in (self.u, self.v, self.L) for t in (x.min(), x.max())]
-        return max(abs(math.log(t)) if 0 < t < math.inf else math.inf for t in ends)
+        x = self.p.xp.concatenate([self.u, self.v, self.L.reshape(-1)])
+        return max(abs(math.log(t)) if 0 < t < math.inf else math.inf for t in (float(x.min()), float(x.max())))
 
     def potentials(self):
         log = self.p.xp.log
-        return self.f + self.reg * log(self.u), self.g + self.reg * log(self.v), self.h
+        return _lifted(self.p, self.f + self.reg * log(self.u), self.g + self.reg * log(self.v), self.h, self.lift)
 
-# %% ../nbs/lib_group_transport.ipynb #adf83f97
+# %% ../nbs/lib_group_transport.ipynb #cf6031bd
 class _Rule:
     "What a rule has to offer, with the answers of a rule that is smooth and has no freedom."
     closed = None                                          # pairs of groups that may hold no mass
     linear = None                                          # (slope for h > 0, minus slope for h < 0, largest |h|) of a conjugate that is linear on either side
-    bound = math.inf                                       # upper bound of the rule's value at any table, where infeasible targets are possible
-    def gauge(self, h): return None                        # constants to move from h to f and g after each sweep
+    bound = math.inf                                       # the most that R can be at a table that obeys the rule: 0 for exact targets and boxes; only used to refuse
+    def gauge(self, h): return h                           # h once the constants that f and g should hold have left it
     def free(self, G, h): return None                      # entries of h that may move; None: all
     def clip(self, h, before): return h                    # the admissible h on the way from `before`
     def off(self, G): return 0.                            # by how much a table of masses breaks the rule
@@ -223,33 +245,41 @@ def _wright_omega(z, xp):
     for _ in range(5): x = torch.where(x > 1e-300, x * (1 + z - torch.log(x.clamp(min=1e-300))) / (1 + x), x)
     return x
 
-# %% ../nbs/lib_group_transport.ipynb #df3f33c9
-def _centre(h, rows, columns):
-    "x and y for which h - x 1' - 1 y' has these row and column sums (of equal total)."
-    x, y = (h.sum(1) - rows) / h.shape[1], (h.sum(0) - columns) / h.shape[0]
-    half = x.sum() / (2 * len(x))
-    return x - half, y - half
-
-# %% ../nbs/lib_group_transport.ipynb #dd3cc4b7
+# %% ../nbs/lib_group_transport.ipynb #d2c58583
 class _Square(_Rule):
     "lam |G - F|^2."
     def __init__(self, p, F, lam):
         self.F, self.lam, self.xp = F, lam.item(), p.xp
-        self.rows, self.columns = 2 * self.lam * (F.sum(1) - p.p), 2 * self.lam * (F.sum(0) - p.q)
+        self.left, self.right = (p.back(np.eye(k) - 1 / k) for k in p.K)
+        x, y = _centre(0 * F, 2 * self.lam * (F.sum(1) - p.p), 2 * self.lam * (F.sum(0) - p.q))
+        self.sums = -x[:, None] - y
     def update(self, log_phi, reg):
         k = 2 * self.lam / reg
-        return reg * (k * self.F - _wright_omega(math.log(k) + log_phi + k * self.F, self.xp))
-    def gauge(self, h): return _centre(h, self.rows, self.columns)
+        aim = k * self.F
+        return reg * (aim - _wright_omega(log_phi + (aim + math.log(k)), self.xp))
+    def gauge(self, h): return self.left @ h @ self.right + self.sums
     def target(self, G, h): return self.F - h / (2 * self.lam)
     def slope(self, h): return 0 * h + 1 / (2 * self.lam)
     def conjugate(self, h): return float((h * h).sum() / (4 * self.lam) - (h * self.F).sum())
     def excess(self, G, h): return float(self.lam * ((G - self.F + h / (2 * self.lam))**2).sum())
 
-# %% ../nbs/lib_group_transport.ipynb #2fa9e93f
+# %% ../nbs/lib_group_transport.ipynb #8f629ca2
 class _Relative(_Target):
     "lam KL(G | F)."
+    def __init__(self, p, F, lam):
+        super().__init__(p, F, lam)
+        self.p, self.q = p.p, p.q
+    def gauge(self, h):
+        "h - x 1' - 1 y', with x and y from three steps of matrix scaling of F exp(-h / lam) to the masses p and q of the groups."
+        xp, low = self.xp, float(h.min() if self.closed is None else h[~self.closed].min())
+        T, u = self.F * xp.exp(((low - h) / self.lam).clip(None, 0.)), 1. + 0 * self.p
+        for _ in range(3):
+            v = self.q / (u @ T)
+            u = self.p / (T @ v)
+        to = h - self.lam * (xp.log(u)[:, None] + xp.log(v)) - low
+        return to if math.isfinite(to.sum()) else h
     def rate(self, reg): return reg * self.lam / (reg + self.lam)
-    def update(self, log_phi, reg): return super().update(log_phi, reg).clip(None, 50 * self.lam)     # finite where there are no samples
+    def update(self, log_phi, reg): return super().update(log_phi, reg).clip(None, 50 * self.lam)     # finite where a mass underflows
     def target(self, G, h): return self.F * self.xp.exp(-h / self.lam)
     def slope(self, h): return self.target(None, h) / self.lam
     def conjugate(self, h): return float(self.lam * (self.target(None, h) - self.F).sum())
@@ -259,7 +289,7 @@ class _Relative(_Target):
         return math.inf if stray else float(self.lam * (G * self.xp.log(ratio) - G + F).sum())
     def excess(self, G, h): return self._kl(G, self.target(None, h))
 
-# %% ../nbs/lib_group_transport.ipynb #e601615b
+# %% ../nbs/lib_group_transport.ipynb #ef814121
 class _Absolute(_Rule):
     "lam |G - F|_1."
     def __init__(self, p, F, lam):
@@ -267,11 +297,13 @@ class _Absolute(_Rule):
         with np.errstate(divide="ignore"): self.log_F = p.xp.log(F)
         if float(abs(F.sum(1) - p.p).sum() + abs(F.sum(0) - p.q).sum()) > 1e-9: self.linear = F, F, self.lam
     def gauge(self, h):
+        if self.linear is not None: return h
         x, y = _centre(h, 0., 0.)                            # all the same to the dual if F has the right margins
-        return (x, y) if self.linear is None and float(abs(h - x[:, None] - y).max()) <= self.lam else None
+        to = h - x[:, None] - y
+        return to if float(abs(to).max()) <= self.lam else h
     def update(self, log_phi, reg):
         h = (reg * (self.log_F - log_phi)).clip(-self.lam, self.lam)
-        return self.xp.where(log_phi > -math.inf, h, self.lam)
+        return self.xp.where(log_phi > -math.inf, h, self.xp.where(self.F > 0, self.lam, 0.))
     def free(self, G, h): return (abs(h) < self.lam) | ((self.F - G) * h < 0)
     def clip(self, h, before): return h.clip(-self.lam, self.lam)
     def target(self, G, h): return self.xp.where(self.free(G, h), self.F, G)
@@ -310,7 +342,7 @@ class _Between(_Rule):
         t = min(1., float(self.xp.where(over > 0, over / self.xp.where(over > 0, room, 1.), 0.).max()))
         return G + t * (self.inside - G)
 
-# %% ../nbs/lib_group_transport.ipynb #1db95449
+# %% ../nbs/lib_group_transport.ipynb #f3823fe3
 def _sweeps(p, rule, state, tol, max_iter):
     "Up to `max_iter` sweeps, until the absolute errors of rows and columns sum to at most `tol`: (sweeps, error). The error is inf when numbers overflow."
     error, columns_off = math.inf, lambda: math.inf
@@ -320,8 +352,10 @@ def _sweeps(p, rule, state, tol, max_iter):
         ratio = p.b / M.sum(0)
         M, before = M * ratio, state.h
         h = rule.update(p.xp.log(M @ p.B) - before / state.reg, state.reg)
+        if p.closed is not None: h = p.xp.where(p.closed, before, h)
         grow = p.xp.exp((h - before) / state.reg)
-        if not math.isfinite(float(ratio @ p.b) + float(grow.sum())): return k, math.inf
+        if p.void is not None: grow = p.xp.where(p.void, 1., grow)
+        if not math.isfinite(ratio @ p.b + grow.sum()): return k, math.inf
         columns_off = lambda: float(abs((grow[:, p.w] * M).sum(0) - p.b).sum())
         state.move(ratio, grow, h, rule.gauge(h))
         if error <= tol: return k, error
@@ -405,14 +439,14 @@ def _direct(p, Q, Y, d, r, right):
     try: return p.xp.linalg.solve(S, right)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError): return p.xp.linalg.pinv(S) @ right      # parts of the plan that no mass connects
 
-# %% ../nbs/lib_group_transport.ipynb #5386f2de
+# %% ../nbs/lib_group_transport.ipynb #0d29d327
 def _iterative(p, Q, Y, d, r, right):
-    "Conjugate gradients with products by the plan, until the residual is a hundredth or, near the end, its own size."
+    "Conjugate gradients with products by the plan, until the residual is a hundredth or, near the end, its own size, or rounding."
     m, concat = p.shape[1], p.xp.concatenate
     def S(z): return d * z + concat([Y @ z[m:], Y.T @ z[:m]]) - Q.T @ ((Q @ z) / r)
     z, left, step, old, size = 0 * right, right, 0., 1., float(abs(right).sum())
     for _ in range(1000):
-        if float(abs(left).sum()) <= min(1e-2, size) * size: break
+        if float(abs(left).sum()) <= max(min(1e-2, size) * size, 1e-15): break
         q = left / d
         new = float(left @ q)
         step, old = q + new / old * step, new
@@ -480,16 +514,22 @@ def _levels(p, reg, cold):
     while cold and 4 * levels[-1] < p.extent / 2: levels.append(4 * levels[-1])
     return levels[::-1]
 
-# %% ../nbs/lib_group_transport.ipynb #98621a0c
+# %% ../nbs/lib_group_transport.ipynb #fc05ae7a
+def _floor(p, reg, at):
+    "Error of the margins that rounding of the potentials allows."
+    return 2e-16 * float(abs(at[0]) @ p.a + abs(at[1]) @ p.b) / reg
+
+# %% ../nbs/lib_group_transport.ipynb #abef6afe
 def _annealed(p, rule, reg, at, tol, max_iter, far, cold=True):
     "At each level three sweeps, then Newton steps where these leave an error above .1; at the last level sweeps and steps by turns until `tol`."
     k, stuck, sweeps, levels = 0, math.inf, 3, _levels(p, reg, cold)
     while k < max_iter:
         level, last = levels[0], len(levels) == 1
         steps, at = _few(p, rule, level, at, tol, min(sweeps, max_iter - k), far)
-        more, error, at = _newton(p, rule, level, _settle(p, rule, at), tol if last else .1, max_iter - k - steps)
+        floor = _floor(p, level, at)
+        more, error, at = _newton(p, rule, level, _settle(p, rule, at), tol if last else .1, min(max_iter - k - steps, 50 if floor > 1e-5 else max_iter))
         k += steps + more
-        if last and error <= tol or error < 1e-6 and not error < .5 * stuck: break
+        if last and error <= tol or (error < 1e-6 or floor > 10 * tol) and not error < .5 * stuck or not floor < .1: break
         if not last: levels.pop(0)
         else: stuck, sweeps = error, 4 * sweeps
     return k, at
@@ -529,11 +569,9 @@ def _rounded(p, rule, reg, at, r, M):
     M, G = M * room[:, p.w], G * room
     return (f, g, h), G, (p.b - M.sum(0)).clip(0), (F - G).clip(0)
 
-# %% ../nbs/lib_group_transport.ipynb #b85b8781
+# %% ../nbs/lib_group_transport.ipynb #3b0d3ac0
 def _refill(p, reg, at, db, dF):
-    """Rows' deficit da, and an upper bound on what it costs to add da_i db_j dF_kl / (dp_k dq_l) to the plan.
-
-    nan if that needs a forbidden pair."""
+    "Rows' deficit da, and an upper bound on what it costs to add da_i db_j dF_kl / (dp_k dq_l) to the plan; inf if that needs a forbidden pair."
     dp, dq = dF.sum(1), dF.sum(0)
     share = dF / p.xp.where(dp > 0, dp, 1.)[:, None] / p.xp.where(dq > 0, dq, 1.)
     W = share[:, p.w] * db                                                 # [K_s, m]: the new mass is da_i W_kj
@@ -543,14 +581,46 @@ def _refill(p, reg, at, db, dF):
         a, x = p.a[rows], (p.a[rows] - E @ p.ones).clip(0)
         da[rows] = x
         if not float(sizes[k]) > 0: continue
-        if p.forbids and bool(((p.array(p.C[rows].isinf().double()) @ W[k] > 0) & (x > 1e-15 * a)).any()): return da, math.nan
+        if p.forbids and bool(((p.array(p.C[rows].isinf().double()) @ W[k] > 0) & (x > 0)).any()): return da, math.inf
         ratio = (E @ V[k] + squares[k] * x) / (a * sizes[k])
         total += float(x @ (p.cost(rows) @ W[k] + reg * sizes[k] * (1 + p.xp.log(ratio.clip(1e-300)))))
     return da, total
 
-# %% ../nbs/lib_group_transport.ipynb #0fb92cc1
+# %% ../nbs/lib_group_transport.ipynb #d8ec3e07
+def _centred(p, x, y, z):
+    "The same x_i + y_j + z_kl with x and y of mean zero in each group."
+    many = lambda T: p.xp.where(T.sum(0) > 0, T.sum(0), 1.)
+    u, v = x @ p.A / many(p.A), y @ p.B / many(p.B)
+    return x - u[p.s], y - v[p.w], z + u[:, None] + v
+
+# %% ../nbs/lib_group_transport.ipynb #9e770f54
+def _tilt(p, now, x, y, z):
+    "Row sums, column sums and group masses of P_ij (x_i + y_j + z_kl)."
+    X = now.P @ p.B
+    rows = x * now.r + now.P @ y + (X * z[p.s]).sum(1)
+    columns = now.P.T @ x + y * now.M.sum(0) + (now.M * z[:, p.w]).sum(0)
+    return rows, columns, p.A.T @ (x[:, None] * X) + (now.M * y) @ p.B + now.G * z
+
+# %% ../nbs/lib_group_transport.ipynb #eb3f7db7
+def _mended(p, rule, reg, at):
+    "Upper bound (T.6) on the gap by a plan on the same support with the right sums; inf if none is found. What a sparse plan leaves out has delta = -1."
+    now, steps, h = _look(p, rule, reg, at), tuple(0 * x for x in at), at[2]
+    if not now.error < math.inf: return math.inf
+    r, M = now.P @ p.ones, (now.P.T @ p.A).T
+    left_out, now = max(float(now.r.sum() - r.sum()), 0.), now._replace(r=r, M=M, G=M @ p.B)
+    for _ in range(8):
+        rows, columns, G = (old + new for old, new in zip((r, M.sum(0), now.G), _tilt(p, now, *steps)))
+        missing = p.a - rows, p.b - columns, rule.target(G, h + reg * steps[2]) - G
+        off = float(abs(missing[0]).sum() + abs(missing[1]).sum()) + rule.off(G)
+        if not off < math.inf or sum(float(x.min()) for x in steps) < -1: return math.inf
+        if off <= 1e-13: return reg * (left_out + sum(float((x * t).sum()) for x, t in zip(steps, _tilt(p, now, *steps)))) + rule.excess(G, h)
+        further = _direction(p, rule, reg, h, now._replace(missing=missing, G=G))
+        steps = _centred(p, *(x + d / reg for x, d in zip(steps, further)))
+    return math.inf
+
+# %% ../nbs/lib_group_transport.ipynb #5ce34093
 def _certify(p, rule, reg, at):
-    "Upper bound on (objective of the rounded plan) - (dual value), summed from small terms; and the sums and the cost of the plan itself."
+    "Upper bound on (objective of the rounded plan) - (dual value), summed from small terms, nan if it is negative beyond rounding; and the sums and the cost of the plan itself."
     r, M, lighter, cost = _reading(p, reg, at)
     to, G, db, dF = _rounded(p, rule, reg, at, r, lighter)
     da, refill = _refill(p, reg, to, db, dF)
@@ -558,9 +628,13 @@ def _certify(p, rule, reg, at):
     moved = float((f_ - f) @ (p.a - da) + (g_ - g) @ (p.b - db) + ((h_ - h) * G).sum())
     saved = float(f @ da + g @ db + (h * dF).sum())
     gap = moved - saved + refill + rule.excess(G + dF, h) + reg * (float(r.sum()) - 1)
-    return max(gap, 0.) if gap == gap else gap, r, M, cost
+    if refill == math.inf: gap = _mended(p, rule, reg, at)
+    off, large = [float(abs(x).sum()) for x in (da @ p.A - dF.sum(1), db @ p.B - dF.sum(0))], [float(abs(x).max()) for x in (f, g, h)]
+    if sum(off) <= 1e-14 + 10 * _floor(p, reg, at): gap += off[0] * large[0] + off[1] * large[1]      # deficits that differ by rounding, times what they are multiplied by
+    rounding = 1e-12 * (reg + sum(large))
+    return math.inf if gap != gap else math.nan if gap < -rounding else max(gap, 0.), r, M, cost
 
-# %% ../nbs/lib_group_transport.ipynb #0f3d0c2e
+# %% ../nbs/lib_group_transport.ipynb #53f406c3
 @dataclass(frozen=True)
 class TransportResult:
     """An entropic transport plan given by its potentials: plan_ij = a_i b_j exp((f_i + g_j + h_kl - C_ij) / reg) for i in group k, j in group l (eq. T.2).
@@ -570,12 +644,12 @@ class TransportResult:
     Example: `fair_sinkhorn(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([0, 1]), torch.tensor([0, 1]), [[.3, .2], [.2, .3]], .1).plan.sum(1)` gives `[.5, .5]`."""
     f: Float[Tensor, "*batch n"]                  # potential of each row, in units of the cost
     g: Float[Tensor, "*batch m"]                  # potential of each column
-    h: Float[Tensor, "*batch K_s K_w"]            # subsidy of each pair of groups; -inf where no mass may go
+    h: Float[Tensor, "*batch K_s K_w"]            # subsidy of each pair of groups; -inf where the rule lets no mass go, 0 for a group without samples
     group_mass: Float[Tensor, "*batch K_s K_w"]   # mass between each pair of groups
     cost: Float[Tensor, "*batch"]                 # sum of C * plan
     violation: Float[Tensor, "*batch"]            # sum of squares of group_mass - F; nan where there is no F
     residual: Float[Tensor, "*batch"]             # sum of absolute errors of row sums, column sums and, where they are prescribed, group masses
-    gap: Float[Tensor, "*batch"]                  # certified: an exactly feasible plan next to this one has an objective at most this far above the least; nan if the rounding needs a forbidden pair
+    gap: Float[Tensor, "*batch"]                  # certified: a plan next to this one, feasible to rounding, has an objective at most this far above the least; inf if none was found (pairs forbidden, and the margins far off), nan if rounding or a contradiction spoils it
     n_iter: Int[Tensor, "*batch"]                 # sweeps and Newton steps
     n_passes: Int[Tensor, "*batch"]               # how often all of C, or of the stored exponentials, was read
     converged: Bool[Tensor, "*batch"]             # residual <= tol
@@ -588,9 +662,9 @@ class TransportResult:
         exponent = self.f[..., :, None] + self.g[..., None, :] + self.h[..., s, :][..., w] - C
         return a[:, None] * b * torch.exp(exponent / reg[..., None, None])
 
-# %% ../nbs/lib_group_transport.ipynb #f3c83021
+# %% ../nbs/lib_group_transport.ipynb #fc714bf4
 class _Ask(NamedTuple):
-    "Checked arguments, and the masses of the groups."
+    "Checked arguments, the masses of the groups, and whether C forbids any pair."
     C: Tensor
     s: Tensor
     w: Tensor
@@ -599,73 +673,119 @@ class _Ask(NamedTuple):
     b: Tensor
     p: Tensor
     q: Tensor
+    forbids: bool
 
-# %% ../nbs/lib_group_transport.ipynb #1f8b93da
+# %% ../nbs/lib_group_transport.ipynb #feaa6057
+def _range(x):
+    "Smallest and largest entry as numbers; nan if any entry is."
+    low, high = x.aminmax()
+    return low.item(), high.item()
+
+# %% ../nbs/lib_group_transport.ipynb #c5f97e40
+def _float64(name, x):
+    "A float64 tensor without history, not empty."
+    try: x = torch.as_tensor(x, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"{name} must hold numbers, in a regular shape, got {type(x).__name__} {str(x)[:60]!r}; convert it with torch.as_tensor({name})") from None
+    if not x.numel(): raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}; give at least one value")
+    return x
+
+# %% ../nbs/lib_group_transport.ipynb #1ef24574
+def _batch(**shapes):
+    "The common batch shape."
+    try: return np.broadcast_shapes(*shapes.values())
+    except ValueError: raise ValueError(f"the batch shapes do not fit together: {', '.join(f'{k} {list(x)}' for k, x in shapes.items())}; make them equal, or 1 (add axes with [:, None])") from None
+
+# %% ../nbs/lib_group_transport.ipynb #42a01bfd
 def _check_groups(name, x, size, K, device):
     if not torch.is_tensor(x) or x.is_floating_point() or x.dtype == torch.bool or x.shape != (size,):
         got = f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f"{name} must be an integer tensor [{size}] of group indices, got {got}; convert it with torch.as_tensor({name}).long()")
-    low, high = (int(t) for t in x.aminmax())
+    low, high = _range(x)
     if low < 0 or high >= K: raise ValueError(f"{name} must lie in 0..{K - 1}, the size of the table of group masses, got values from {low} to {high}; renumber the groups")
     return x.to(device).long()
 
-# %% ../nbs/lib_group_transport.ipynb #7fd15d5e
+# %% ../nbs/lib_group_transport.ipynb #79d65ac1
 def _check_weights(name, x, size, device):
     if x is None: return torch.full((size,), 1 / size, dtype=torch.float64, device=device)
     x = torch.as_tensor(x, dtype=torch.float64, device=device).detach()
     if x.shape != (size,): raise ValueError(f"{name} must have shape [{size}], got {list(x.shape)}; one weight per sample")
-    if not bool((x > 0).all()) or not bool(x.isfinite().all()): raise ValueError(f"{name} must be positive and finite, got a smallest weight of {x.min().item()}; leave out samples that do not count")
-    if abs(float(x.sum()) - 1) > 1e-9: raise ValueError(f"{name} must sum to 1, got {x.sum().item():.12g}; divide it by its sum")
-    return x
+    low, high = _range(x)
+    if not 0 < low <= high < math.inf: raise ValueError(f"{name} must be positive and finite, got a smallest weight of {low}; leave out samples that do not count")
+    if abs(float(total := x.sum()) - 1) > 1e-6: raise ValueError(f"{name} must sum to 1, got {total.item():.12g}; divide it by its sum, in float64: {name}.double() / {name}.double().sum()")
+    return x / total                                         # weights normalised in float32 are off by 1e-8
 
-# %% ../nbs/lib_group_transport.ipynb #f364ca86
+# %% ../nbs/lib_group_transport.ipynb #d1410ba2
 def _check_cost(C):
     if not torch.is_tensor(C) or not C.is_floating_point() or C.ndim < 2 or 0 in C.shape:
         got = f"{C.dtype} {list(C.shape)}" if torch.is_tensor(C) else type(C).__name__
         raise ValueError(f"C must be a float tensor [..., n, m] with entries, got {got}; convert it with torch.as_tensor(C).double()")
     C = C.detach() if C.dtype in (torch.float32, torch.float64) else C.detach().double()
-    low, high = (float(t) for t in C.aminmax())
+    low, high = _range(C)
     if low != low: raise ValueError(f"C holds {int(C.isnan().sum())} NaN values of {C.numel()}; drop or impute what made them (a forbidden pair is inf)")
     if low == -math.inf: raise ValueError("C holds -inf, a pair that pays without bound; only +inf (a forbidden pair) has a meaning")
     for axis, what in ((-1, "row"), (-2, "column")) if high == math.inf else ():
         if (shut := C.isinf().all(axis)).any(): raise ValueError(f"C forbids every pair of {what} {shut.nonzero()[0].tolist()}, whose mass has nowhere to go; leave it out or allow a pair")
-    return C
+    return C, high == math.inf
 
-# %% ../nbs/lib_group_transport.ipynb #5c003146
+# %% ../nbs/lib_group_transport.ipynb #889309ce
 def _ask(C, s, w, reg, a, b, K):
     "Check what all solvers share."
-    C, reg = _check_cost(C), torch.as_tensor(reg, dtype=torch.float64).detach()
-    if not bool((reg > 0).all()) or not bool(reg.isfinite().all()):
-        raise ValueError(f"reg must be positive and finite, got {reg.min().item()}; for a plan without entropy use a linear programme (ot.emd, scipy.optimize.linprog)")
+    (C, forbids), reg = _check_cost(C), _float64("reg", reg)
+    low, high = _range(reg)
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"reg must be positive and finite, got values from {low} to {high}; for a plan without entropy use a linear programme (ot.emd, scipy.optimize.linprog)")
     n, m, device = *C.shape[-2:], C.device
     s, w = _check_groups("s", s, n, K[0], device), _check_groups("w", w, m, K[1], device)
     a, b = _check_weights("a", a, n, device), _check_weights("b", b, m, device)
-    mass = lambda t, weight, k: weight.new_zeros(k).index_add_(0, t, weight)
-    return _Ask(C, s, w, reg.to(device), a, b, mass(s, a, K[0]), mass(w, b, K[1]))
+    return _Ask(C, s, w, reg.to(device), a, b, torch.bincount(s, a, K[0]), torch.bincount(w, b, K[1]), forbids)
 
-# %% ../nbs/lib_group_transport.ipynb #f4401603
+# %% ../nbs/lib_group_transport.ipynb #f395561a
 def _table(name, F, at_least=0., infinite=False):
     "A float64 table of masses [..., K_s, K_w]."
-    F = torch.as_tensor(F, dtype=torch.float64).detach()
-    if F.ndim < 2 or 0 in F.shape: raise ValueError(f"{name} must be a table [..., K_s, K_w] of group masses, got shape {list(F.shape)}")
-    if not bool((F >= at_least).all()) or not (infinite or bool(F.isfinite().all())):
-        raise ValueError(f"{name} must hold finite masses >= {at_least}, got values from {F.min().item()} to {F.max().item()}; correct the negative or undefined ones")
+    F = _float64(name, F)
+    if F.ndim < 2: raise ValueError(f"{name} must be a table [..., K_s, K_w] of group masses, got shape {list(F.shape)}")
+    low, high = _range(F)
+    if not (low >= at_least and (infinite or high < math.inf)):
+        raise ValueError(f"{name} must hold finite masses >= {at_least}, got values from {low} to {high}; correct the negative or undefined ones")
     return F
 
-# %% ../nbs/lib_group_transport.ipynb #2f213261
-def _check_supports(ask, F=None):
-    "Where C forbids pairs: is there a plan with these margins (and group masses F) on the others?"
-    if not bool(ask.C.isinf().any()): return
-    batch = torch.broadcast_shapes(ask.C.shape[:-2], () if F is None else F.shape[:-2])
-    allowed = ask.C.isfinite().expand(*batch, -1, -1)
+# %% ../nbs/lib_group_transport.ipynb #bf42ef18
+def _raked(F, p, q, steps=100):
+    "F scaled to row sums p and column sums q by turns, or None if that does not lead to 1e-13 in `steps`. Zeros stay."
+    p, q = p.to(F.device), q.to(F.device) * (p.sum() / q.sum()).to(F.device)
+    for _ in range(steps + 1):
+        rows, columns = F.sum(1), F.sum(0)
+        if float((rows - p).abs().sum() + (columns - q).abs().sum()) <= 1e-13 and bool(((rows > 0) | (p <= 0)).all() and ((columns > 0) | (q <= 0)).all()): return F
+        F = F * torch.where(rows > 0, p / rows, 0.)[:, None]
+        F = F * torch.where((columns := F.sum(0)) > 0, q / columns, 0.)
+    return None
+
+# %% ../nbs/lib_group_transport.ipynb #ef4137b0
+def _snapped(F, p, q):
+    "A target that `check_target` has let pass, with its margins right to rounding."
+    F = check_target(F, p, q)
+    if (G := _raked(F, p, q)) is not None: return G
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if (G := _raked(nearest_target(F, p, q), p, q)) is not None: return G
+    raise InfeasibleTarget("the margins of F are off by less than 1e-9, but with its zeros no table at all has the margins of the groups, so that no plan exists; put a little mass into a zero, "
+                           "e.g. nearest_target(F + 1e-3 * independence_target(p, q), p, q)")
+
+# %% ../nbs/lib_group_transport.ipynb #6a475697
+def _check_supports(ask, F=None, open=None):
+    "Where C forbids pairs: is there a plan with these margins (and group masses F) on the others, or on those of them whose pair of groups is `open`?"
+    if not ask.forbids: return
+    batch = _batch(C=ask.C.shape[:-2], target=() if F is None else F.shape[:-2], closed=() if open is None else open.shape[:-2])
+    allowed = ask.C.isfinite() if open is None else ask.C.isfinite() & open.to(ask.C.device)[..., ask.s, :][..., ask.w]
+    allowed = allowed.expand(*batch, -1, -1)
     for i in np.ndindex(*batch): check_support(allowed[i], ask.s, ask.w, ask.a, ask.b, None if F is None else F.expand(*batch, -1, -1)[i])
 
-# %% ../nbs/lib_group_transport.ipynb #2e4f25ec
+# %% ../nbs/lib_group_transport.ipynb #6462114e
 def _refuse_unbounded(p, dual, reg, rule):
     "A dual value above the objective of every conceivable plan proves that there is no plan."
     most = p.high - reg * math.log(max(float(p.a.min()), float(p.b.min()))) + rule.bound
     if dual > most + 1e-6 * (1 + abs(most)):
-        raise ValueError(f"C forbids so many pairs that no plan has these margins and group masses: the dual value {dual:.6g} exceeds {most:.6g}, the most that a plan can cost; allow more pairs, or use penalized_sinkhorn")
+        raise InfeasibleTarget(f"C forbids so many pairs that no plan has these margins and group masses: the dual value {dual:.6g} exceeds {most:.6g}, the most that a plan can cost; allow more pairs, or use penalized_sinkhorn")
 
 # %% ../nbs/lib_group_transport.ipynb #299e04f4
 _METHODS = "auto", "scaling", "log", "stabilized", "newton"
@@ -680,11 +800,11 @@ def _lowered(p, rule, reg, at, tol, max_iter, far, cold):
         k += steps
     return k, at
 
-# %% ../nbs/lib_group_transport.ipynb #062b6951
+# %% ../nbs/lib_group_transport.ipynb #18a289f2
 def _solve(p, rule, reg, at, method, tol, max_iter):
     "Run one method: (iterations, potentials)."
     cold, single, k = not bool(at[0].any()), p.C.dtype == torch.float32, 0
-    far, near = (20., 40.) if single else (100., 100.)           # scalings and exponents that the arithmetic can stand
+    far, near = (20., 40.) if single else (100., 100.)           # exponents of scalings and of the plan at the start: exp(3 * 20) < 3e38, exp(3 * 100) < 1e308
     if method == "scaling": return _stored(p, rule, reg, at, tol, max_iter)[::2]
     if method == "stabilized": return _lowered(p, rule, reg, at, tol, max_iter, far, cold)
     if method == "log":
@@ -722,9 +842,9 @@ def _better_start(p, rule, reg, at):
     _, other, zero = updated((p.zeros(p.shape[0]), p.zeros(p.shape[1]), p.zeros(*p.K)))
     return at if value >= other else (zero[0] * 0, zero[1] * 0, zero[2])
 
-# %% ../nbs/lib_group_transport.ipynb #f7c5a6b4
+# %% ../nbs/lib_group_transport.ipynb #7c23b5c8
 def _one(p, rule, reg, at, method, tol, max_iter):
-    "Solve one problem: a dictionary of tensors in the order of the caller."
+    "Solve one problem: a dictionary of tensors in the order of the caller; `numbers` holds cost, residual, gap, iterations and passes."
     p.passes, p.closed = 0, rule.closed
     with np.errstate(all="ignore"):
         at = _better_start(p, rule, reg, at)
@@ -735,49 +855,94 @@ def _one(p, rule, reg, at, method, tol, max_iter):
         if not residual <= tol: _refuse_unbounded(p, float(f @ p.a + g @ p.b) - rule.conjugate(h) - reg * (float(r.sum()) - 1), reg, rule)
     f, h = p.tensor(f), p.tensor(h if p.closed is None else p.xp.where(p.closed, -math.inf, h))
     if p.order is not None: f = torch.empty_like(f).index_copy_(0, p.order, f)
-    numbers = torch.tensor([cost, residual, gap], dtype=torch.float64, device=f.device)
-    counts = torch.tensor([k, p.passes], device=f.device)
-    return dict(f=f, g=p.tensor(g), h=h, group_mass=p.tensor(G), cost=numbers[0], residual=numbers[1], gap=numbers[2], n_iter=counts[0], n_passes=counts[1])
+    return dict(f=f, g=p.tensor(g), h=h, group_mass=p.tensor(G), numbers=torch.tensor([cost, residual, gap, k, p.passes], dtype=torch.float64, device=f.device))
 
-# %% ../nbs/lib_group_transport.ipynb #e84b0af7
+# %% ../nbs/lib_group_transport.ipynb #21f7ecfb
 def _check_run(method, tol, max_iter):
     if method not in _METHODS: raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    if not tol > 0: raise ValueError(f"tol must be positive, got {tol}; 1e-9 is the default")
-    if not max_iter >= 1: raise ValueError(f"max_iter must be at least 1, got {max_iter}; 10000 is the default")
+    if not isinstance(tol, (int, float)) or not 0 < tol < math.inf: raise ValueError(f"tol must be a positive, finite number, got {tol!r}; 1e-9 is the default")
+    try: whole = operator.index(max_iter)
+    except TypeError: whole = 0
+    if whole < 1: raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}; 10000 is the default")
 
-# %% ../nbs/lib_group_transport.ipynb #6ba94114
+# %% ../nbs/lib_group_transport.ipynb #2db6aa1f
+def _without_empty(ask, tables, init):
+    "The problem without empty groups: ask, tables and init; and a function that puts zeros back into a table."
+    (rows, columns), (K_s, K_w) = (x > 0 for x in (ask.p, ask.q)), tables[0].shape[-2:]
+    if bool(rows.all() and columns.all()): return ask, tables, init, lambda T: T
+    index = torch.arange(K_s * K_w, device=ask.C.device).reshape(K_s, K_w)[rows][:, columns]
+    def cut(T): return T.to(ask.C.device).flatten(-2)[..., index] if T.shape[-2:] == (K_s, K_w) else T
+    def back(T): return T.new_zeros(*T.shape[:-2], K_s * K_w).index_copy_(-1, index.reshape(-1), T.flatten(-2)).unflatten(-1, (K_s, K_w))
+    small = ask._replace(s=rows.cumsum(0)[ask.s] - 1, w=columns.cumsum(0)[ask.w] - 1, p=ask.p[rows], q=ask.q[columns])
+    return small, [cut(t) for t in tables], init and replace(init, h=cut(init.h), group_mass=cut(init.group_mass)), back
+
+# %% ../nbs/lib_group_transport.ipynb #e3421b95
+def _rule(p, make, tables):
+    "The rule for one problem, with nothing asked of pairs of groups all of whose pairs are forbidden."
+    void, first = None if p.void is None else p.tensor(p.void), tables[0]
+    if void is not None and bool((first[void] > 0).any()):
+        if make in (_Exactly, _Between):
+            k, l = ((first > 0) & void).nonzero()[0].tolist()
+            raise InfeasibleTarget(f"C forbids every pair of the groups ({k}, {l}) (empty groups not counted), but the target wants mass {float(first[k, l]):.4g} there; allow pairs, or use penalized_sinkhorn")
+        tables = [torch.where(void, 0., first), *tables[1:]]
+    return make(p, *(p.array(t.contiguous()) for t in tables))
+
+# %% ../nbs/lib_group_transport.ipynb #75432e90
+def _check_init(init, batch):
+    if init is None: return
+    if not isinstance(init, TransportResult): raise ValueError(f"init must be a TransportResult, got {type(init).__name__}; pass what a solver has returned")
+    try: fits = np.broadcast_shapes(init.cost.shape, batch) == tuple(batch)
+    except ValueError: fits = False
+    if not fits: raise ValueError(f"init has batch shape {list(init.cost.shape)}, the problem has {list(batch)}; start without it")
+
+# %% ../nbs/lib_group_transport.ipynb #0343cd07
 def _transport(ask, make, tables, F, method, tol, max_iter, init):
     "Solve each element of the batch from the solution of the one before."
     _check_run(method, tol, max_iter)
-    C, K, found, last, p = ask.C, tables[0].shape[-2:], [], None, None
-    batch = torch.broadcast_shapes(C.shape[:-2], ask.reg.shape, *(t.shape[:-2] for t in tables))
+    names = {_Between: ("lower", "upper", "inside")}.get(make, ("F", "lam"))
+    batch = _batch(C=ask.C.shape[:-2], reg=ask.reg.shape, **{name: t.shape[:-2] for name, t in zip(names, tables)})
+    _check_init(init, batch)
+    whole, (ask, tables, init, back), found, last, p = ask, _without_empty(ask, tables, init), [], None, None
+    C, K = ask.C, tables[0].shape[-2:]
     tables = [t.to(C.device).expand(*batch, *t.shape[-2:]) for t in tables]
     reg, C, tol = ask.reg.expand(batch), C.expand(*batch, -1, -1), tol if C.dtype == torch.float64 else max(tol, 2e-6)
     for index in np.ndindex(*batch):
         if p is None or ask.C.ndim > 2: p = _Problem(C[index], ask.s, ask.w, ask.a, ask.b, K)
-        rule = make(p, *(p.array(t[index].contiguous()) for t in tables))
+        rule = _rule(p, make, [t[index] for t in tables])
         last = _one(p, rule, float(reg[index]), _start(p, init, batch, index, last), method, tol, max_iter)
-        found.append(last)
-    return _together(ask, found, batch, F, method, tol)
+        found.append({**last, "h": back(last["h"]), "group_mass": back(last["group_mass"])})
+    return _together(whole, found, batch, F, method, tol)
 
-# %% ../nbs/lib_group_transport.ipynb #99461b6d
+# %% ../nbs/lib_group_transport.ipynb #b94eaf9d
 def _together(ask, found, batch, F, method, tol):
     "The results of a batch in one."
-    out = {x: torch.stack([y[x] for y in found]).reshape(batch + found[0][x].shape) for x in found[0]}
-    violation = out["cost"] * math.nan if F is None else ((out["group_mass"] - F.to(ask.C.device))**2).sum((-2, -1))
-    result = TransportResult(**out, violation=violation, converged=out["residual"] <= tol, problem=(*ask[:3], *ask[4:6], ask.reg))
+    out = found[0] if batch == () else {x: torch.stack([y[x] for y in found]).reshape(batch + y0.shape) for x, y0 in found[0].items()}
+    f, g, h, G, (cost, residual, gap, k, passes) = *(out[x] for x in ("f", "g", "h", "group_mass")), out["numbers"].unbind(-1)
+    violation = cost * math.nan if F is None else ((G - F.to(ask.C.device))**2).sum((-2, -1))
+    result = TransportResult(f, g, h, G, cost, violation, residual, gap, k.long(), passes.long(), residual <= tol, (ask.C, ask.s, ask.w, ask.a, ask.b, ask.reg))
     if not bool(result.converged.all()): _warn(result, method, tol)
+    if bool(gap.isnan().any()): warnings.warn(f"{int(gap.isnan().sum())} of {gap.numel()} transport problems have no certificate: the bound came out negative, because the masses asked for contradict each other or reg is "
+                                              "too small (a penalty's weight too large) for the arithmetic; `gap` is nan there. Check the target with nearest_target, or raise reg", ConvergenceWarning, stacklevel=4)
     return result
 
-# %% ../nbs/lib_group_transport.ipynb #203136aa
+# %% ../nbs/lib_group_transport.ipynb #a649f821
+def _floors(result):
+    "`_floor` for each element of a batch; inf where the potentials are not finite."
+    *_, a, b, reg = result.problem
+    floor = 2e-16 * (result.f.abs() @ a + result.g.abs() @ b) / reg
+    return torch.where(floor.isfinite(), floor, math.inf)
+
+# %% ../nbs/lib_group_transport.ipynb #3aa9dbcc
 def _warn(result, method, tol):
     bad, extra = ~result.converged, ""
     if bool(result.problem[0].isinf().any()): extra = ", or allow more pairs: the margins may be out of reach of those that C leaves"
+    elif bool((tol < _floors(result)[bad]).any()):
+        extra = f"; here no more than {float(_floors(result)[bad].max()):.0e} can be had from float64, so raise reg or tol, or subtract the least cost from C: potentials that are large against reg lose these digits"
     elif method != "auto": extra = ", or use method='auto'" + ", which survives exponentials that overflow or vanish" * (method == "scaling")
     warnings.warn(f"{int(bad.sum())} of {bad.numel()} transport problems stopped with margins off by {result.residual[bad].max():.1e} in total (tol {tol:.1e}) after {int(result.n_iter.max())} iterations of "
                   f"method={method!r}; raise max_iter (or reg){extra}", ConvergenceWarning, stacklevel=5)
 
-# %% ../nbs/lib_group_transport.ipynb #5564fbcb
+# %% ../nbs/lib_group_transport.ipynb #cd9e3988
 def fair_sinkhorn(
     C: Float[Tensor, "*#batch n m"],                 # cost of each pair; inf forbids it
     s: Int[Tensor, "n"],                             # group of each row, in 0..K_s-1
@@ -802,19 +967,28 @@ def fair_sinkhorn(
     Example: `fair_sinkhorn(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([0, 1]), torch.tensor([0, 1]), [[.3, .2], [.2, .3]], .1).group_mass` gives `[[.3, .2], [.2, .3]]`."""
     F = _table("F", F, -1e-9)
     ask = _ask(C, s, w, reg, a, b, F.shape[-2:])
-    F = torch.stack([check_target(table, ask.p, ask.q) for table in F.reshape(-1, *F.shape[-2:])]).reshape(F.shape)
+    F = torch.stack([_snapped(table, ask.p, ask.q) for table in F.reshape(-1, *F.shape[-2:])]).reshape(F.shape)
     _check_supports(ask, F)
     return _transport(ask, _Exactly, [F], F, method, tol, max_iter, init)
+
+# %% ../nbs/lib_group_transport.ipynb #b90699a9
+def _check_zeros(ask, F):
+    "Raise InfeasibleTarget if the zeros of F leave no table with the margins of the groups."
+    for table in F.reshape(-1, *F.shape[-2:]):
+        if bool(((table == 0) & (ask.p[:, None] > 0).to(F.device) & (ask.q > 0).to(F.device)).any()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                nearest_target((table > 0).double(), ask.p, ask.q)
 
 # %% ../nbs/lib_group_transport.ipynb #590e1e5b
 _PENALTIES = dict(l2=_Square, l1=_Absolute, kl=_Relative)
 
-# %% ../nbs/lib_group_transport.ipynb #283569bf
+# %% ../nbs/lib_group_transport.ipynb #55ea7d23
 def penalized_sinkhorn(
     C: Float[Tensor, "*#batch n m"],                 # cost of each pair; inf forbids it
     s: Int[Tensor, "n"],                             # group of each row, in 0..K_s-1
     w: Int[Tensor, "m"],                             # group of each column, in 0..K_w-1
-    F: Float[Tensor, "... K_s K_w"] | Sequence,        # [..., K_s, K_w] group masses to come near to, >= 0, any total
+    F: Float[Tensor, "... K_s K_w"] | Sequence,        # [..., K_s, K_w] group masses to come near to, >= 0, any total; for "kl" no plan can put mass where F = 0
     reg: float | int | Float[Tensor, "..."],           # entropic regulariser > 0, in units of the cost; a number or a tensor [...]
     lam: float | int | Float[Tensor, "..."],           # weight of the penalty > 0, in units of the cost; a number or a tensor [...]
     a: Float[Tensor, "n"] | None = None,             # weight of each row, > 0, sum 1; default uniform
@@ -829,17 +1003,20 @@ def penalized_sinkhorn(
     """The plan of least <C, P> + reg KL(P | a b) + penalty(G), G its group masses (eq. T.1, soft rules).
 
     A batch over `C`, `F`, `reg` or `lam` is solved in order, each element from the solution of the one before: order `lam` for a whole trade-off curve in one call.
-    Raises `ValueError` for bad input, with what to change. Warns `ConvergenceWarning` if `tol` was not met. Cost as `fair_sinkhorn`.
+    Raises `ValueError` for bad input, with what to change, among it a table whose zeros leave no plan of finite penalty "kl". Warns `ConvergenceWarning` if `tol` was not met.
+    Cost as `fair_sinkhorn`. Not differentiable.
 
     Example: `penalized_sinkhorn(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([0, 1]), torch.tensor([0, 1]), [[.3, .2], [.2, .3]], .1, 2., penalty="l1").violation` gives `0.`."""
-    F, lam = _table("F", F), torch.as_tensor(lam, dtype=torch.float64).detach()
+    F, lam = _table("F", F), _float64("lam", lam)
     if penalty not in _PENALTIES: raise ValueError(f"penalty must be 'l2', 'l1' or 'kl', got {penalty!r}")
-    if not bool((lam > 0).all()) or not bool(lam.isfinite().all()): raise ValueError(f"lam must be positive and finite, got {lam.min().item()}; lam = 0 is plain Sinkhorn, lam = inf is fair_sinkhorn")
+    low, high = _range(lam)
+    if not 0 < low <= high < math.inf: raise ValueError(f"lam must be positive and finite, got values from {low} to {high}; lam = 0 is plain Sinkhorn, lam = inf is fair_sinkhorn")
     ask = _ask(C, s, w, reg, a, b, F.shape[-2:])
-    _check_supports(ask)
+    if penalty == "kl": _check_zeros(ask, F)
+    _check_supports(ask, open=F > 0 if penalty == "kl" else None)
     return _transport(ask, _PENALTIES[penalty], [F, lam[..., None, None]], F, method, tol, max_iter, init)
 
-# %% ../nbs/lib_group_transport.ipynb #3f0ac087
+# %% ../nbs/lib_group_transport.ipynb #0d4e8fbd
 def _inside(lower, upper, p, q):
     "A table with margins p and q as deep inside a box as one can be: a linear programme in K_s K_w + 1 unknowns."
     K_s, K_w = lower.shape
@@ -849,9 +1026,10 @@ def _inside(lower, upper, p, q):
     out = linprog(-np.eye(len(lower) + 1)[-1], A_eq=np.column_stack([margins, np.zeros(K_s + K_w)]), b_eq=np.concatenate([p, q]), options=_TIGHT,
                   A_ub=np.vstack([np.hstack([-unit, room]), np.hstack([unit, room])]), b_ub=np.concatenate([-lower, upper]), bounds=(0, None))
     G = np.clip(out.x[:-1], lower, upper) if out.status == 0 else (lower + upper) / 2       # the box holds a table up to rounding only
-    return torch.from_numpy(G.reshape(K_s, K_w))
+    p, q, G = (torch.from_numpy(x) for x in (p, q, G.reshape(K_s, K_w)))
+    return _snapped(G, p, q)
 
-# %% ../nbs/lib_group_transport.ipynb #315e08ab
+# %% ../nbs/lib_group_transport.ipynb #10236348
 def quota_sinkhorn(
     C: Float[Tensor, "*#batch n m"],                 # cost of each pair; inf forbids it
     s: Int[Tensor, "n"],                             # group of each row, in 0..K_s-1
@@ -870,7 +1048,8 @@ def quota_sinkhorn(
     """The plan of least <C, P> + reg KL(P | a b) whose group masses lie between `lower` and `upper` (eq. T.1, box rule).
 
     A batch over `C`, `lower`, `upper` or `reg` is solved in order, each element from the solution of the one before.
-    Raises `ValueError` for bad input and for a box that no plan meets. Warns `ConvergenceWarning` if `tol` was not met. Cost as `fair_sinkhorn`.
+    Raises `ValueError` for bad input and for a box that no plan meets (where C forbids pairs: as far as margins and upper bounds of 0 show it; else a long run ends in an error or a warning).
+    Warns `ConvergenceWarning` if `tol` was not met. Cost as `fair_sinkhorn`. Not differentiable.
 
     Example: `quota_sinkhorn(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([0, 1]), torch.tensor([0, 1]), [[0., .1], [.1, 0.]], [[1., 1.], [1., 1.]], .1).group_mass` gives `[[.4, .1], [.1, .4]]`."""
     lower, upper = torch.broadcast_tensors(_table("lower", lower, -math.inf, True).clamp(min=0), _table("upper", upper, infinite=True))
@@ -878,5 +1057,6 @@ def quota_sinkhorn(
     for i in np.ndindex(*lower.shape[:-2]):
         check_quotas(lower[i], upper[i], ask.p, ask.q)
         inside[i] = _inside(lower[i], upper[i], ask.p, ask.q)
-    _check_supports(ask)
+    lower, upper = torch.where(lower == upper, inside, torch.minimum(lower, inside)), torch.where(lower == upper, inside, torch.maximum(upper, inside))
+    _check_supports(ask, open=upper > 0)
     return _transport(ask, _Between, [lower, upper, inside], None, method, tol, max_iter, init)

@@ -161,14 +161,20 @@ WRONG = {
         (lambda *_: [[0., 0.], [0., float("nan")]], "NaN"),
     ],
 }
-CASES = [pytest.param(id, answer, words, id=f"{id}-{k}") for id, wrong in WRONG.items() for k, (answer, words) in enumerate(wrong)]
 
 
-@pytest.mark.parametrize("id, answer, words", CASES)
-def test_wrong_answers_are_rejected(id, answer, words, capsys):
-    with pytest.raises(NotYet) as error: check(id, answer)
-    assert words in str(error.value), str(error.value)
-    assert capsys.readouterr().out == ""
+def rejection(wrong):
+    "The test that every answer of a table {id: [(answer, words)]} is rejected, with those words and nothing printed."
+    cases = [pytest.param(id, *case, id=f"{id}-{k}") for id, answers in wrong.items() for k, case in enumerate(answers)]
+    @pytest.mark.parametrize("id, answer, words", cases)
+    def test(id, answer, words, capsys):
+        with pytest.raises(NotYet) as error: check(id, answer)
+        assert words in str(error.value), str(error.value)
+        assert capsys.readouterr().out == ""
+    return test
+
+
+test_wrong_answers_are_rejected = rejection(WRONG)
 
 
 def test_every_check_has_wrong_answers_that_it_must_reject():

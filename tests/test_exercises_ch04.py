@@ -8,6 +8,7 @@ import pages
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, root
+from test_exercises import rejection
 
 from fairbook.exercises import _CHECKS, NotYet
 from fairbook.exercises_ch04 import _court, _masses, _miss, _pairs, _scaled, _unexplained, check
@@ -260,14 +261,7 @@ WRONG = {
         (lambda C, a, b, s, s2, w, F1, F2, reg: None if (s == s2).all() else both(gibbs)(C, a, b, s, s2, w, F1, F2, reg), "you return None"),
     ],
 }
-CASES = [pytest.param(id, answer, words, id=f"{id}-{k}") for id, wrong in WRONG.items() for k, (answer, words) in enumerate(wrong)]
-
-
-@pytest.mark.parametrize("id, answer, words", CASES)
-def test_wrong_answers_are_rejected(id, answer, words, capsys):
-    with pytest.raises(NotYet) as error: check(id, answer)
-    assert words in str(error.value), str(error.value)
-    assert capsys.readouterr().out == ""
+test_wrong_answers_are_rejected = rejection(WRONG)
 
 
 def test_there_are_eight_and_each_has_wrong_answers_that_it_must_reject():

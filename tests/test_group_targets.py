@@ -5,12 +5,14 @@ import pickle
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog, nnls
 
 import cvxpy as cp
+from fairbook import group_targets
 from fairbook.group_targets import (InfeasibleTarget, check_quotas, check_support, check_target, frechet_bounds, independence_target, nearest_target,
                                     quota_bounds, quota_target)
 
@@ -126,6 +128,26 @@ def test_nearest_on_nearly_decoupled_tables():
         assert (G.sum(1) - .5).abs().max() < 1e-14 and (G.sum(0) - f64([.4999, .5001])).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("small", [1e-6, 1e-9, 3e-10, 1e-11, 1e-13, 1e-20])
+def test_nearest_with_zeros_and_a_tiny_group(small):
+    "Patterns with a target by construction; the first group has mass `small`, and its row has to add up to it."
+    for seed in range(15):
+        rng = np.random.default_rng(seed)
+        size = rng.integers(2, 6, 2)
+        G = rng.gamma(.7, size=size) * (rng.random(size) < .6)
+        G[0, 0] += 1e-3
+        G[0] *= small / G[0].sum()
+        G[-1, -1] += 1.
+        G = torch.tensor(G / G.sum())
+        near = nearest_target((G > 0) * torch.tensor(rng.gamma(.7, size=size)), G.sum(1), G.sum(0))
+        assert max((near.sum(1) - G.sum(1)).abs().max(), (near.sum(0) - G.sum(0)).abs().max()) < 1e-14
+        assert (near[G == 0] == 0).all() and abs(near[0].sum() / G[0].sum() - 1) < max(1e-9, 1e-15 / small)
+
+
+def test_nearest_from_huge_and_tiny_numbers():
+    for size in (1e-300, 1e308): assert (nearest_target([[size, size], [size, size]], [.5, .5], [.4, .6]) - f64([[.2, .3], [.2, .3]])).abs().max() < 1e-15
+
+
 # --- quotas
 
 def random_box(seed, K_s, K_w):
@@ -181,6 +203,46 @@ def test_four_fifths_is_met_and_optimal(seed):
     assert kkt(G, R, margin_rows(*R.shape), B, torch.zeros(len(rule))) < 1e-7
 
 
+def test_four_fifths_with_tiny_groups_and_wild_references():
+    "Groups down to a billionth of the mass: the answer is a target that meets the rule, or nothing is returned."
+    rng, smallest = np.random.default_rng(0), 1.
+    for _ in range(60):
+        Ks, Kw = rng.integers(2, 8, 2)
+        p, q = rng.dirichlet(np.full(Ks, .3)), rng.dirichlet(np.full(Kw, .3))
+        G = quota_target(p, q, "four-fifths", favoured=[0], reference=rng.random((Ks, Kw)) ** rng.choice([1, 8, 30])).numpy()
+        rates, smallest = G[:, 0] / p, min(smallest, p.min())
+        assert max(np.abs(G.sum(1) - p).max(), np.abs(G.sum(0) - q).max()) < 1e-13 and rates.min() >= (.8 - 1e-6) * rates.max()
+    assert smallest < 1e-8
+
+
+def test_a_table_that_is_no_target_is_not_returned(monkeypatch):
+    monkeypatch.setattr(group_targets, "_maximise", lambda R, M, r, margins: (R, .1))
+    with pytest.raises(RuntimeError, match="still violates a condition by 1.0e-01"): quota_target([.5, .5], [.4, .6], "four-fifths", favoured=0)
+    monkeypatch.setattr(group_targets, "_maximise", lambda R, M, r, margins: (R, math.nan))
+    with pytest.raises(RuntimeError, match="no target was found"): nearest_target([[1., 2.], [1., 1.]], [.5, .5], [.4, .6])
+
+
+@pytest.mark.parametrize("rate", [None, .3, .9])
+def test_an_empty_group_changes_no_band(rate):
+    for three in ([.4, .6, 0.], [.4, 0., .6], [0., .4, .6]):
+        keep = torch.tensor(three) > 0
+        if rate == .9:
+            with pytest.raises(ValueError, match="needs a rate from"): quota_bounds(three, [.3, .7], "four-fifths", favoured=0, rate=rate)
+        else:
+            for three_, two in zip(quota_bounds(three, [.3, .7], "four-fifths", favoured=0, rate=rate), quota_bounds([.4, .6], [.3, .7], "four-fifths", favoured=0, rate=rate)):
+                assert torch.equal(three_[keep], two)
+
+
+@pytest.mark.parametrize("groups", [0, np.int64(0), [0], (0,), np.array([0]), torch.tensor([0]), torch.tensor(0), [np.int32(0)], range(1)], ids=repr)
+def test_group_numbers_of_any_kind(groups):
+    assert torch.equal(quota_bounds([.5, .5], [.4, .6], "share", favoured=groups)[0], quota_bounds([.5, .5], [.4, .6], "share", favoured=0)[0])
+
+
+@pytest.mark.parametrize("groups", [True, [True], 0., [0.], [], [[0]], [0, 0], 2, -1, "a", [[0], [0, 1]], torch.tensor(True)], ids=repr)
+def test_what_is_no_group_number(groups, untyped):
+    with pytest.raises(ValueError, match="favoured must be one group or distinct groups in 0..1"): quota_bounds([.5, .5], [.4, .6], "share", favoured=groups)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_share_is_met_and_optimal(seed):
     R, _, _ = draw(seed, 2, 4)
@@ -209,7 +271,7 @@ def test_every_target_in_the_four_fifths_box_meets_the_rule(seed, K_s, ratio):
     low, high = quota_bounds(p, q, "four-fifths", favoured=1, ratio=ratio)
     for _ in range(5):
         c = rng.normal(size=3 * K_s)
-        out = linprog(c, A_eq=margin_rows(K_s, 3), b_eq=np.concatenate([p, q]), bounds=np.stack([low.flatten(), high.flatten()], 1))
+        out = linprog(c, A_eq=margin_rows(K_s, 3), b_eq=np.concatenate([p, q]), bounds=np.stack([low.flatten(), high.flatten()], 1), options=dict(primal_feasibility_tolerance=1e-10))
         r = out.x.reshape(K_s, 3)[:, 1] / p.numpy()
         assert r.min() >= ratio * r.max() - 1e-7
 
@@ -263,15 +325,15 @@ def test_support_agrees_with_brute_force(even):
 
 def test_support_where_only_the_program_sees_the_contradiction():
     "Margins and every block alone can be carried, all together not: a search for such patterns, then the verdict."
-    s, F, seen = np.array([0, 0, 1, 1]), np.full((2, 2), .25), 0
-    u = np.full(4, .25)
-    for bits in range(0, 2**16, 7):
-        ok = (bits >> np.arange(16) & 1).astype(bool).reshape(4, 4)
-        if ok.sum() > 9 or not ok.any(0).all() or not ok.any(1).all(): continue
-        if brute(ok, 0 * s, 0 * s, u, u, np.ones((1, 1))) and not brute(ok, s, s, u, u, F):
+    rng, s, u, seen = np.random.default_rng(0), np.arange(6) % 2, np.full(6, 1 / 6), 0
+    for _ in range(400):
+        ok, F = rng.random((6, 6)) < .45, np.zeros((2, 2))
+        ok[np.arange(6), rng.permutation(6)] = True
+        np.add.at(F, (s, s[rng.permutation(6)]), 1 / 6)
+        if not brute(ok, s, s, u, u, F):
             with pytest.raises(InfeasibleTarget) as refusal: check_support(ok, s, s, F=F)
             seen += "not all together" in str(refusal.value)
-            if seen > 3: break
+            if seen > 1: break
     assert seen > 0
 
 
@@ -296,6 +358,27 @@ def test_support_by_category_is_merged_and_large():
     assert check_support(table[kind][:, place], s, w, max_pairs=20) and not check_support(rng.random((100, 100)) < .9, s[:100], w[:100], max_pairs=100)
 
 
+@pytest.mark.parametrize("n, m", [(300, 300), (300, 150)])
+def test_a_staircase_shrinks_to_its_only_plan(n, m):
+    "Tens of thousands of pairs, and one plan: the monotone one. Its group masses are possible, and no others."
+    rng = np.random.default_rng(0)
+    s, w = rng.integers(2, size=n), rng.integers(2, size=m)
+    I, J = np.arange(n * m) // m, np.arange(n * m) // n                                    # the plan in units of 1 / (n m)
+    ok = np.arange(m) <= J.reshape(n, m).max(1)[:, None]
+    F = np.zeros((2, 2))
+    np.add.at(F, (s[I], w[J]), 1 / (n * m))
+    assert check_support(ok, s, w, F=F)
+    with pytest.raises(InfeasibleTarget, match="cannot be placed"): check_support(ok, s, w, F=F + .5 / n * np.array([[1, -1], [-1, 1]]))
+
+
+@pytest.mark.parametrize("weights", [None, [.3, .3, .2, .2]])
+def test_a_block_without_pairs_carries_nothing(weights):
+    ok, s = np.ones((4, 4), bool), [0, 1, 0, 1]
+    ok[np.ix_([0, 2], [0, 2])] = False
+    ok[0, 0], F = False, np.array([[.25, .25], [.25, .25]]) if weights is None else np.outer([.5, .5], [.5, .5])
+    with pytest.raises(InfeasibleTarget, match=r"block \(0, 0\) has no allowed pair that a plan can use, but F asks|no usable pair"): check_support(ok, s, s, weights, weights, F)
+
+
 # --- errors, types
 
 GOOD = dict(F=[[.3, .2], [.1, .4]], p=[.5, .5], q=[.4, .6])
@@ -316,7 +399,38 @@ def test_transposed_hint():
     with pytest.raises(ValueError, match=r"pass F.T"): check_target([[.2, .2], [.1, .2], [.1, .2]], [.4, .6], [.4, .3, .3])
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1., 1e9])
+def test_tolerance_is_relative(scale):
+    F = scale * f64([[1, 2], [3, 1]]) / 7
+    p, q = F.sum(1), F.sum(0)
+    assert torch.equal(check_target(F * (1 + 6e-11), p, q), F * (1 + 6e-11))
+    for wrong in (0 * F, F * (1 + 1e-8)):
+        with pytest.raises(InfeasibleTarget) as refusal: check_target(wrong, p, q)
+        assert "float32" not in str(refusal.value)
+    with pytest.raises(InfeasibleTarget, match="rounding of float32"): check_target(F.float(), p, q)
+
+
+def test_refusals_say_where_the_nearest_target_is_and_know_counts():
+    with pytest.raises(InfeasibleTarget, match=r"F \* 0.01 does fit, so divide F by its sum.*`.nearest` of this error") as refusal: check_target([[30, 20], [10, 40]], **{k: GOOD[k] for k in "pq"})
+    assert (refusal.value.nearest - f64(GOOD["F"])).abs().max() < 1e-15
+    with pytest.raises(InfeasibleTarget) as refusal: check_target([[.3, .3], [.2, .2]], [.5, .5], [.4, .6])
+    assert "divide F" not in str(refusal.value) and "float32" not in str(refusal.value)
+
+
+def test_tables_from_pandas(untyped):
+    F = pd.DataFrame(GOOD["F"], ["a", "b"], ["c", "d"])
+    assert torch.equal(check_target(F, F.sum(axis=1), F.sum()), f64(GOOD["F"]))
+
+
+def test_support_reads_groups_without_a_target(untyped):
+    ok = np.ones((2, 2), bool)
+    for s, w, name in (([0], [0, 1], "s"), ([0, 1], "zz", "w"), ([0, 1], [0, -1], "w"), ([0., 1.], [0, 1], "s")):
+        with pytest.raises(ValueError, match=f"{name} must be 2 whole numbers"): check_support(ok, s, w)
+    assert check_support(ok, [0, 99], torch.tensor([5, 0]), [2, 0], [1, 1])            # any group numbers, zero weights, any total
+
+
 @pytest.mark.parametrize("call, message", [
+    (lambda p, q: check_target([[.1, .2], [.3]], p, q), "F must be numbers, in lists of equal length"), (lambda p, q: check_target(GOOD["F"], None, q), "p must be|p has"),
     (lambda p, q: quota_target(p, q, "half", favoured=0), "rule must be"), (lambda p, q: quota_target(p, q, "share", favoured=2), "favoured"),
     (lambda p, q: quota_target(p, q, "share", favoured=[0, 0]), "distinct"), (lambda p, q: quota_target(p, q, "share", favoured=0, share=1.5), "share must lie"),
     (lambda p, q: quota_target(p, q, "share", favoured=0, groups=[]), "groups"), (lambda p, q: quota_bounds(p, q, "four-fifths", favoured=[0, 1]), "no box"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 import cvxpy as cp
 import ot
 from fairbook import group_transport
+from fairbook.group_targets import InfeasibleTarget
 from fairbook.group_transport import TransportResult, fair_sinkhorn, penalized_sinkhorn, quota_sinkhorn
 from fairbook.projection import ConvergenceWarning
 
@@ -335,9 +336,34 @@ def test_forbidden_pairs(method):
     with np.errstate(all="raise"): r = fair_sinkhorn(barred, s, w, F2, .1, method=method)
     high = fair_sinkhorn(barred.nan_to_num(posinf=50.), s, w, F2, .1)
     assert r.converged and r.plan[barred.isinf()].max() == 0 and (r.plan - high.plan).abs().max() < 1e-9
-    assert not r.gap < 0 and r.cost.isfinite()
-    for kind in ("l1", "l2", "kl"): assert penalized_sinkhorn(barred, s, w, F2, .1, 1., penalty=kind, method=method).converged
-    assert quota_sinkhorn(barred, s, w, .9 * F2, 1.1 * F2, .1, method=method).converged
+    assert 0 <= r.gap <= 1e-9 and r.cost.isfinite()
+    for kind in CASES:
+        r = CASES[kind](1., barred, s, w, method=method)
+        assert r.converged and 0 <= r.gap <= 1e-9, kind
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gap_holds_where_pairs_are_forbidden(seed, sweeps):
+    "The optimum lies between the dual value of an early stop and that value plus the gap; inf says that there is no certificate."
+    C, s, w, a, b = draw(30 + seed, 30, 24)
+    barred = C.masked_fill((torch.arange(30)[:, None] + torch.arange(24)) % 3 == 0, math.inf)
+    best = fair_sinkhorn(barred, s, w, F2, .05, tol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        early = fair_sinkhorn(barred, s, w, F2, .05, max_iter=sweeps, method="log")
+    dual = (early.f @ a + early.g @ b + (early.h * F2).sum() - .05 * (early.plan.sum() - 1)).item()
+    optimum = objective(best.plan, barred.nan_to_num(posinf=0.), a, b, .05, lambda P: 0.)
+    assert dual - 1e-10 <= optimum <= dual + early.gap + 1e-10 and not early.gap.isnan()
+    if sweeps == 16: assert early.gap < 1e-5
+
+
+@pytest.mark.parametrize("reg", [2e-3, .2])
+def test_a_certificate_for_a_large_problem_with_forbidden_pairs(reg):
+    C, s, w, a, b = draw(18, 450, 430, (3, 2))
+    C[torch.rand(450, 430, generator=torch.Generator().manual_seed(1)) < .3] = math.inf
+    r = fair_sinkhorn(C, s, w, some_target(s, w, a, b, (3, 2)), reg)
+    assert r.converged and 0 <= r.gap <= 1e-9
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -454,3 +480,145 @@ def test_results_are_frozen_and_plans_formed_once():
     r = fair_sinkhorn(C6, s6, w6, F2, .1)
     with pytest.raises(AttributeError): r.f = 0
     assert r.plan is r.plan and "plan" not in repr(r)
+
+
+# ---------- hard corners: targets off their margins, empty groups, rounding
+
+@pytest.mark.parametrize("e", [1e-12, 1e-10, 9e-10])
+def test_a_target_off_its_margins_by_rounding_is_snapped(e):
+    C, s, w, a, b = draw(21, 30, 20)
+    r = fair_sinkhorn(C, s, w, F2 + e * torch.tensor([[1., 0.], [0., -1.]], dtype=torch.float64), .05)
+    best = fair_sinkhorn(C, s, w, F2, .05)
+    assert r.converged and 0 <= r.gap <= 1e-9 and (r.plan - best.plan).abs().max() < 10 * e + 1e-9 and r.h.abs().max() < 10 * C.max() + 10
+
+
+def test_a_contradiction_has_no_certificate(monkeypatch):
+    "Without the snap potentials run off, and the bound on the gap comes out negative: nan and a warning, never 0."
+    C, s, w, a, b = draw(21, 30, 20)
+    monkeypatch.setattr(group_transport, "_snapped", lambda F, p, q: F)
+    with pytest.warns(ConvergenceWarning, match="no certificate"): r = fair_sinkhorn(C, s, w, F2 + torch.tensor([[1e-4, 0.], [0., -1e-4]], dtype=torch.float64), .05, max_iter=300, method="log")
+    assert r.gap.isnan() and not r.converged
+
+
+def test_boxes_that_miss_their_tables_by_rounding():
+    C, s, w, a, b = draw(22, 30, 20)
+    off = F2 + 4e-10 * torch.tensor([[1., 0.], [0., -1.]], dtype=torch.float64)
+    best = fair_sinkhorn(C, s, w, F2, .05)
+    r = quota_sinkhorn(C, s, w, off, off, .05)
+    assert r.converged and 0 <= r.gap <= 1e-9 and (r.plan - best.plan).abs().max() < 1e-8
+
+
+def test_a_tiny_group_without_mass_is_refused():
+    C, s, w, a, b = draw(23, 12, 8)
+    s[0], a[0], a[1:] = 2, 3e-13, (1 - 3e-13) / 11
+    F = torch.zeros(3, 2, dtype=torch.float64)
+    F[:2] = torch.outer(*masses(s.clamp(max=1), w, a, b, (2, 2)))
+    with pytest.raises(ValueError, match="zero"): fair_sinkhorn(C, s, w, F, .1, a, b)
+
+
+@pytest.mark.parametrize("kind", ["kl", "l1", "l2"])
+@pytest.mark.parametrize("lam", [1e2, 1e5, 1e6])
+def test_mass_asked_of_an_empty_group_does_no_harm(kind, lam):
+    "All of it is a constant: the plan is that of the other groups."
+    C, s, w, a, b = draw(24, 30, 20)
+    F = torch.tensor([[.2, .3], [.25, .2], [.05, .05]], dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r = penalized_sinkhorn(C, s, w, F, 1., lam, penalty=kind, max_iter=1000)
+    best = penalized_sinkhorn(C, s, w, F[:2], 1., lam, penalty=kind)
+    assert r.converged and r.group_mass.shape == (3, 2) and r.group_mass[2].max() == 0 and (r.plan - best.plan).abs().max() < 1e-9
+    assert torch.isclose(r.violation, ((r.group_mass - F)**2).sum()) and penalized_sinkhorn(C, s, w, F, 1., lam, penalty=kind, init=r).n_iter <= r.n_iter
+
+
+@pytest.mark.parametrize("kind", ["kl", "l1", "l2"])
+@pytest.mark.parametrize("lam", [1., 1e5])
+def test_a_pair_of_groups_without_allowed_pairs_is_a_constant(kind, lam):
+    C, s, w, a, b = draw(25, 30, 20, (3, 2))
+    barred = C.masked_fill((s[:, None] == 0) & (w == 1), math.inf)
+    F = torch.full((3, 2), 1 / 6, dtype=torch.float64)
+    r = penalized_sinkhorn(barred, s, w, F, .1, lam, penalty=kind)
+    best = penalized_sinkhorn(barred, s, w, F.masked_fill(torch.tensor([[False, True], [False, False], [False, False]]), 0.), .1, lam, penalty=kind)
+    assert r.converged and 0 <= r.gap <= 1e-9 * (1 + r.f.abs().max()) and (r.plan - best.plan).abs().max() < 1e-7      # a residual of tol, times the potentials
+
+
+@pytest.mark.parametrize("F", [[[0., 0.], [.5, .5]], [[0., 0.], [0., 0.]], [[.5, 0.], [0., 0.]]])
+def test_kl_refuses_zeros_that_leave_no_plan(F):
+    C, s, w, a, b = draw(26, 20, 20)
+    with pytest.raises(InfeasibleTarget, match="zeros of F"): penalized_sinkhorn(C, s, w, F, .1, 1., penalty="kl")
+    assert penalized_sinkhorn(C, s, w, F, .1, 1., penalty="l1").converged
+    barred = C.masked_fill((s[:, None] == 0) & (w == 0), math.inf)
+    with pytest.raises(InfeasibleTarget): penalized_sinkhorn(barred, s, w, [[.5, 0.], [0., .5]], .1, 1., penalty="kl")
+
+
+def test_boxes_that_forbidden_pairs_shut_are_refused():
+    C, s, w, a, b = draw(27, 20, 20)
+    barred = C.masked_fill((s[:, None] == 0) & (w == 0), math.inf)
+    with pytest.raises(InfeasibleTarget): quota_sinkhorn(barred, s, w, [[0., 0.], [0., 0.]], [[1., 0.], [0., 1.]], .1)
+    with pytest.raises(InfeasibleTarget, match="forbids every pair"): quota_sinkhorn(barred, s, w, [[.1, 0.], [0., 0.]], [[1., 1.], [1., 1.]], .1)
+
+
+@pytest.mark.parametrize("lam", [1., 1e2, 1e3])
+def test_the_gauge_keeps_kl_fast(lam):
+    C, s, w, a, b = draw(28, 40, 30)
+    F = torch.tensor([[.3, .3], [.3, .2]], dtype=torch.float64)
+    r = penalized_sinkhorn(C, s, w, F, 1., lam, penalty="kl", method="log")
+    assert r.converged and r.n_iter < 60 and 0 <= r.gap < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ratio", [1e2, 1e5])
+def test_heavy_relative_penalties(seed, ratio):
+    C, s, w, a, b = draw(40 + seed, 30, 25, weights=True)
+    F = some_target(s, w, a, b, (2, 2), seed) * torch.tensor([[1.3, .8], [1.1, 1.]], dtype=torch.float64)
+    r = penalized_sinkhorn(C, s, w, F, .04, .04 * ratio, a, b, penalty="kl")
+    G = r.group_mass
+    assert r.converged and (r.h - r.h.mean() + .04 * ratio * ((G / F).log() - (G / F).log().mean())).abs().max() < 1e-6 * ratio
+
+
+def test_weights_normalised_in_float32_are_taken():
+    C, s, w, a, b = draw(29, 30, 20)
+    raw = torch.rand(30, generator=torch.Generator().manual_seed(0))
+    r = fair_sinkhorn(C, 0 * s, 0 * w, [[1.]], .1, raw / raw.sum())
+    best = fair_sinkhorn(C, 0 * s, 0 * w, [[1.]], .1, raw.double() / raw.double().sum())
+    assert r.converged and r.gap < 1e-9 and (r.plan - best.plan).abs().max() < 1e-7 and abs(r.problem[3].sum() - 1) < 1e-15
+
+
+@pytest.mark.parametrize("change", [lambda C: (C + 1e9, 1.), lambda C: (C, 1e-14), lambda C: (C, 1e-300)])
+def test_rounding_is_named_and_soon(change):
+    C, s, w, a, b = draw(31, 60, 20)
+    C, reg = change(20 * C)
+    with pytest.warns(ConvergenceWarning, match="subtract the least cost"): r = fair_sinkhorn(C, s, w, F2, reg)
+    assert not r.converged and r.n_iter < 2000
+
+
+def test_nothing_is_differentiable_and_nothing_fails():
+    r = penalized_sinkhorn(C6.clone().requires_grad_(), s6, w6, F2, .1, 1.)
+    assert not r.cost.requires_grad and r.converged
+
+
+@pytest.mark.parametrize("change, says", [(dict(reg=torch.ones(0)), "reg must not be empty"), (dict(reg=None), "reg must hold numbers"), (dict(reg="small"), "reg must hold numbers"), (dict(F=None), "F must hold numbers"),
+                                          (dict(F=[[.1, .2], [.3]]), "F must hold numbers"), (dict(reg=torch.ones(3), F=torch.full((2, 2, 2), .25)), r"reg \[3\], F \[2\]"), (dict(max_iter=2.5), "max_iter"), (dict(tol=math.inf), "tol"),
+                                          (dict(init=(1, 2, 3)), "init must be a TransportResult, got tuple")])
+def test_more_bad_input(change, says, untyped):
+    with pytest.raises(ValueError, match=says): fair_sinkhorn(**{**dict(C=C6, s=s6, w=w6, F=[[.25, .25], [.25, .25]], reg=.1), **change})
+    with pytest.raises(ValueError, match=says): penalized_sinkhorn(**{**dict(C=C6, s=s6, w=w6, F=[[.25, .25], [.25, .25]], reg=.1, lam=1.), **change})
+
+
+def test_empty_or_unfit_batches_of_weights(untyped):
+    with pytest.raises(ValueError, match="lam must not be empty"): penalized_sinkhorn(C6, s6, w6, F2, .1, torch.ones(0))
+    with pytest.raises(ValueError, match=r"reg \[3\].*lam \[2\]"): penalized_sinkhorn(C6, s6, w6, F2, torch.ones(3), torch.ones(2))
+    many = penalized_sinkhorn(C6, s6, w6, F2, .1, torch.ones(3))
+    with pytest.raises(ValueError, match=r"init has batch shape \[3\]"): penalized_sinkhorn(C6, s6, w6, F2, .1, torch.ones(2), init=many)
+
+
+@pytest.mark.parametrize("kind", ["kl", "l1", "l2"])
+def test_corners_with_tensors_instead_of_arrays(monkeypatch, kind):
+    "Empty groups, pairs of groups without allowed pairs and the gauge, the way of a GPU, on the CPU."
+    C, s, w, a, b = draw(32, 30, 20, (3, 2))
+    barred = C.masked_fill((s[:, None] == 0) & (w == 1), math.inf)
+    F = torch.full((4, 2), .15, dtype=torch.float64)
+    usual = penalized_sinkhorn(barred, s, w, F, .1, 30., penalty=kind)
+    monkeypatch.setattr(group_transport, "_on_cpu", lambda x: False)
+    for method in METHODS:
+        r = penalized_sinkhorn(barred, s, w, F, .1, 30., penalty=kind, method=method)
+        assert r.converged and (r.plan - usual.plan).abs().max() < 1e-8 and r.group_mass[3].max() == 0, method

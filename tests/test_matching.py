@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 
 from fairbook import matching
 from fairbook.data import Dataset, data_folder, is_available
+from fairbook.group_targets import nearest_target
+from fairbook.group_transport import fair_sinkhorn
 from fairbook.matching import (DATING_FEATURES, DATING_LEVELS, Matching, circle_matching, convergence_matching, dating_distances,
-                               dating_matching, dating_table, gaussian_matching, law_school_matching, load_dating, match_table, rake)
+                               dating_matching, dating_table, gaussian_matching, law_school_matching, load_dating, match_table)
 
 F64 = torch.float64
 PAPER = torch.tensor([[.2, .3], [.28, .22]], dtype=F64)
@@ -65,7 +66,7 @@ def test_seeds(make):
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_to(make):
     m = make(1).to(torch.float32)
-    assert all(getattr(m, k).dtype == torch.float32 for k in "XYFCab") and m.s.dtype == torch.int64
+    assert all(getattr(m, k).dtype == torch.float32 for k in "XYC") and all(getattr(m, k).dtype == F64 for k in "Fabpq") and m.s.dtype == torch.int64
     assert torch.equal(m.C.isinf(), make(1).C.isinf()) and m.to("cpu").X.device.type == "cpu"
     back = pickle.loads(pickle.dumps(m))
     assert torch.equal(back.C, m.C) and back.s_names == m.s_names
@@ -74,7 +75,23 @@ def test_to(make):
 def test_to_a_device():
     if not torch.cuda.is_available(): pytest.skip("no CUDA device")
     m = gaussian_matching().to("cuda", torch.float32)
-    assert all(getattr(m, k).is_cuda for k in "XYFCabsw") and m.p.is_cuda
+    assert all(getattr(m, k).is_cuda for k in "XYFCabsw") and m.p.is_cuda and m.X.dtype == torch.float32 and m.a.dtype == F64
+
+
+@pytest.mark.parametrize("make", [gaussian_matching, lambda: circle_matching(51, 9, flips=(0, 1)), lambda: convergence_matching(60, 41)], ids=["gaussians", "circles", "convergence"])
+def test_a_float32_problem_can_be_handed_to_the_solver(make):
+    m = make().to(torch.float32)
+    out = fair_sinkhorn(m.C, m.s, m.w, m.F, 1., m.a, m.b)
+    S, W = (torch.nn.functional.one_hot(g).double() for g in (m.s, m.w))
+    assert bool(out.converged) and (S.T @ out.plan.double() @ W - m.F).abs().max() < 1e-5
+
+
+def test_weights_of_float32_are_mended():
+    a = torch.rand(250, generator=torch.Generator().manual_seed(0)) + .1
+    m = Matching(torch.rand(250, 2), torch.rand(3, 2), torch.arange(250) % 2, W, a=a / a.sum())
+    assert m.a.dtype == F64 and abs(m.a.sum() - 1) < 1e-14 and (m.a - a.double() / a.double().sum()).abs().max() < 1e-8
+    kept = torch.tensor([.1, .2, .3, .4], dtype=F64)
+    assert torch.equal(Matching(X, Y, S, W, a=kept).a, kept)
 
 
 def test_frozen():
@@ -124,43 +141,6 @@ def test_circles_flip_exactly(n, m, seed):
         assert ((points.norm(dim=1) < 1).long() != groups).sum() == k
 
 
-# --- raking
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
-@settings(max_examples=60)
-def test_raking_meets_margins_and_keeps_odds(k, l, seed):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.rand(size, generator=g, dtype=F64) + .1
-    T, rows, cols = draw(k, l), draw(k), draw(l)
-    cols = cols * rows.sum() / cols.sum()
-    R = rake(T, rows, cols)
-    assert torch.allclose(R.sum(1), rows, atol=1e-10) and torch.allclose(R.sum(0), cols, atol=1e-10)
-    ratio = (R / T).log()                                             # of rank one in the logarithm: row effect + column effect
-    assert torch.allclose(ratio, ratio[:, :1] + ratio[:1] - ratio[:1, :1], atol=1e-8)
-
-
-def test_raking_is_the_nearest_table():
-    "Against a general solver on the same problem."
-    rng = np.random.default_rng(0)
-    T, rows, cols = rng.uniform(.1, 1, (3, 4)), rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(4))
-    kl = lambda x: float(np.sum(x * np.log(x / T.ravel()) - x + T.ravel()))
-    margins = dict(type="eq", fun=lambda x: np.r_[x.reshape(3, 4).sum(1) - rows, x.reshape(3, 4).sum(0)[:-1] - cols[:-1]])
-    best = minimize(kl, np.outer(rows, cols).ravel(), jac=lambda x: np.log(x / T.ravel()), constraints=margins, bounds=[(1e-9, 1)] * 12,
-                    method="SLSQP", options=dict(ftol=1e-15, maxiter=500))
-    mine = rake(*map(torch.from_numpy, (T, rows, cols))).numpy()
-    assert np.abs(mine.ravel() - best.x).max() < 1e-5 and kl(mine.ravel()) <= best.fun + 1e-9
-
-
-def test_raking_zeros_batches_and_float32():
-    T = torch.tensor([[1., 1], [1, 0]], dtype=F64)
-    R = rake(T, torch.tensor([.7, .3], dtype=F64), torch.tensor([.6, .4], dtype=F64))
-    assert torch.allclose(R, torch.tensor([[.3, .4], [.3, 0]], dtype=F64))
-    many = torch.rand(5, 2, 3)
-    rows, cols = torch.full((5, 2), .5), torch.full((5, 3), 1 / 3)
-    assert torch.allclose(rake(many, rows, cols), torch.stack([rake(t, r, c) for t, r, c in zip(many, rows, cols)]), atol=1e-5)
-    assert rake(torch.ones(2, 2), torch.tensor([0., 1.]), torch.tensor([.5, .5])).tolist() == [[0, 0], [.5, .5]]
-
-
 # --- dating
 
 def likes(one, other):
@@ -184,29 +164,30 @@ def test_match_table():
     assert table.values.tolist() == [[likes(k, l) and likes(l, k) for l in kinds] for k in kinds]
 
 
-def test_forbidden_pairs(monkeypatch):
-    "Pair by pair, from the gender and orientation of the people who ended up in the problem."
+@pytest.fixture
+def sampled(monkeypatch):
+    "A dating problem of 60 against 60, and the rows of the table that it was made from."
     kept, thin = [], matching._thin
     def spy(*args):
         kept.append(thin(*args))
         return kept[-1]
     monkeypatch.setattr(matching, "_thin", spy)
-    m = dating_matching(60, seed=5)
-    people = list(zip(kept[0].gender, kept[0].sexual_orientation))
+    return dating_matching(60, seed=5), kept[0]
+
+
+def test_forbidden_pairs(sampled):
+    "Pair by pair, from the gender and orientation of the people who ended up in the problem."
+    m, rows = sampled
+    people = list(zip(rows.gender, rows.sexual_orientation))
     for i, j in itertools.product(range(60), range(60)):
         one, other = people[i], people[60 + j]
         assert bool(m.C[i, j].isfinite()) == (likes(one, other) and likes(other, one))
 
 
-def test_cost_by_hand(monkeypatch):
+def test_cost_by_hand(sampled):
     "The nine distances of the text, one pair at a time, in plain Python."
-    kept, thin = [], matching._thin
-    def spy(*args):
-        kept.append(thin(*args))
-        return kept[-1]
-    monkeypatch.setattr(matching, "_thin", spy)
-    m = dating_matching(60, seed=5)
-    rows, rank = kept[0].to_dict("records"), {c: DATING_LEVELS[c].index for c in ("income_bracket", "education_level")}
+    m, rows = sampled
+    rows, rank = rows.to_dict("records"), {c: DATING_LEVELS[c].index for c in ("income_bracket", "education_level")}
     def nine(x, y):
         both = len(set(x["interest_tags"].split(", ")) & set(y["interest_tags"].split(", ")))
         return [5 / both if both else 5, *(5 * (x[c] != y[c]) for c in ("location_type", "app_usage_time_label", "swipe_time_of_day")),
@@ -301,7 +282,7 @@ def test_law_school_observed_target_and_selective_seats():
     data = students()
     everybody = law_school_matching(len(data), 90, target="observed", data=data)
     table = pd.crosstab(data.sensitive_features.race, data.features.tier).to_numpy() / len(data)
-    seats_as_students = rake(torch.from_numpy(table), everybody.p, everybody.q)
+    seats_as_students = nearest_target(table, everybody.p, everybody.q)
     assert torch.allclose(everybody.F, seats_as_students, atol=1e-11) and (everybody.F - torch.from_numpy(table)).abs().max() < .02
     two = law_school_matching(200, 90, seats="selective", data=data)
     assert len(two.w_names) == 2 and abs(float(two.q[1]) - (data.features.tier > 2).mean()) < .02
@@ -328,7 +309,13 @@ RECORDS = {
     "nobody for a row": (dict(C=torch.tensor([[0., 0, 0]] * 3 + [[float("inf")] * 3])), r"rows \[3\] of X have no allowed pair"),
     "nobody for a column": (dict(C=torch.tensor([[0., 0, float("inf")]] * 4)), r"rows \[2\] of Y have no allowed pair"),
     "negative weight": (dict(a=torch.tensor([1., 1, -.5, -.5])), "a must hold 4 weights"), "weights of sum 2": (dict(b=torch.full((3,), 2 / 3)), "b must hold 3 weights"),
-    "F too large": (dict(F=torch.rand(3, 2)), r"F must be \[2, 2\]"), "negative F": (dict(F=-torch.ones(2, 2)), "F must be")}
+    "zero weight": (dict(a=torch.tensor([0., .5, .25, .25])), "a must hold 4 weights, all positive.*drop rows of weight 0"),
+    "list for X": (dict(X=[[0., 1.]] * 4), "X must be a tensor, got list"), "numpy for s": (dict(s=S.numpy()), "s must be a tensor, got ndarray"),
+    "list for a": (dict(a=[.25] * 4), "a must be a tensor"), "whole numbers for X": (dict(X=torch.ones(4, 2).long()), "X must be of a floating dtype"),
+    "float groups": (dict(s=S.float()), "s must hold whole numbers, got torch.float32"), "boolean groups": (dict(w=W.bool()), "w must hold whole numbers"),
+    "numpy for C": (dict(C=np.zeros((4, 3))), "C must be a tensor of a floating dtype, got ndarray"), "whole C": (dict(C=torch.zeros(4, 3).long()), "C must be a tensor of a floating dtype"),
+    "list for F": (dict(F=[[.25, .25]] * 2), "F must be a tensor"), "infinite F": (dict(F=torch.ones(2, 2) * INF), r"F must be a tensor \[2, 2\] of finite"),
+    "F too large": (dict(F=torch.rand(3, 2)), r"F must be a tensor \[2, 2\]"), "negative F": (dict(F=-torch.ones(2, 2)), "F must be")}
 
 
 @pytest.mark.usefixtures("untyped")
@@ -341,13 +328,11 @@ ONE = torch.ones(2)
 CALLS = {
     "half a student": (lambda: gaussian_matching(n=2.5), "n must be a whole number"), "one school": (lambda: gaussian_matching(m=1), "m must be a whole number"),
     "no noise": (lambda: gaussian_matching(scale=0.), "scale must be positive"), "NaN noise": (lambda: circle_matching(noise=float("nan")), "noise must be positive"),
-    "too many flips": (lambda: circle_matching(10, 10, flips=(10, 0)), "flips must be fewer"), "negative flips": (lambda: circle_matching(flips=(-1, 0)), "flips"),
+    "too many flips": (lambda: circle_matching(10, 10, flips=(10, 0)), "flips must be fewer"), "one number of flips": (lambda: circle_matching(flips=3), "flips must be two whole numbers"), "three flips": (lambda: circle_matching(flips=(1, 1, 1)), "flips must be two"),
+    "negative flips": (lambda: circle_matching(flips=(-1, 0)), "flips"),
     "no dimension": (lambda: convergence_matching(d=0), "d must be"), "empty table": (lambda: dating_table(0), "n must be"),
     "few people": (lambda: dating_matching(5), "n must be a whole number, at least 20"), "other code": (lambda: dating_matching(30, income_code="rang"), "income_code must be"),
     "integers": (lambda: gaussian_matching().to(torch.int64), "dtype must be a floating"),
-    "rake, totals": (lambda: rake(torch.ones(2, 2), ONE, 2 * ONE), "totals that differ"), "rake, negative": (lambda: rake(-torch.ones(2, 2), ONE, ONE), "no negative"),
-    "rake, NaN": (lambda: rake(torch.ones(2, 2) * NAN, ONE, ONE), "finite"), "rake, zeros": (lambda: rake(torch.eye(2), torch.tensor([.7, .3]), torch.tensor([.3, .7]), max_iter=50), "zeros of the table"),
-    "rake, empty row": (lambda: rake(torch.tensor([[0., 0], [1, 1]]), ONE, ONE, max_iter=50), "zeros of the table"),
     "distances, columns": (lambda: dating_distances(torch.ones(2, 9), torch.ones(2, 10)), "same columns"),
     "distances, too few": (lambda: dating_distances(torch.ones(2, 8), torch.ones(2, 8)), "at least one interest"),
     "missing column": (lambda: load_dating(USERS.drop(columns=["bio_length", "gender"])), r"lacks the columns \['gender', 'bio_length'\]"),
@@ -358,7 +343,9 @@ CALLS = {
     "no interests": (lambda: load_dating(USERS.assign(interest_tags=np.nan)), "interest_tags must hold text"),
     "nobody left": (lambda: load_dating(USERS[USERS.sexual_orientation == "Queer"]), "no row has a combination"),
     "no rows": (lambda: load_dating(USERS[:0]), "no row has a combination"),
-    "a bracket without rows": (lambda: load_dating(USERS[USERS.income_bracket != "High"]), "income bracket has no rows"),
+    "a bracket without rows": (lambda: load_dating(USERS[USERS.income_bracket != "High"]), "income bracket or a wanted level of education has no rows"),
+    "a level without rows": (lambda: load_dating(USERS[USERS.education_level != "Diploma"]), "income bracket or a wanted level of education has no rows"),
+    "no advanced degree": (lambda: load_dating(USERS[~USERS.education_level.isin(DATING_LEVELS["education_level"][5:])]), "income bracket or a wanted level of education has no rows"),
     "too many people": (lambda: load_dating(USERS, 5000), "ask for fewer"), "nobody asked for": (lambda: load_dating(USERS, 0), "n must be"),
     "seats": (lambda: law_school_matching(seats="rank", data=students()), "seats must be"), "target": (lambda: law_school_matching(target="fair", data=students()), "target must be"),
     "more applicants than rows": (lambda: law_school_matching(5000, data=students()), "ask for fewer"), "no seat for a tier": (lambda: law_school_matching(50, 2, data=students()), "without a seat"),
