@@ -35,10 +35,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (_check_sample_weight, check_consistent_length, check_is_fitted, column_or_1d, has_fit_parameter,
                                       validate_data)
 
-# %% ../nbs/lib_fair_estimators.ipynb #521217f6
+# %% ../nbs/lib_fair_estimators.ipynb #578df092
 from .fair_dual import DualResult, solve_dual
 from .fair_training import _encode_groups
-from .fairness_constraints import FairnessConstraints, _check_joint, _read_criteria, fairness_constraints
+from .fairness_constraints import FairnessConstraints, _check_joint, _read_criteria, constraint_values, fairness_constraints
 
 # %% ../nbs/lib_fair_estimators.ipynb #d50ffa53
 def _fit_pairs(model, X, z, w, rows):
@@ -213,7 +213,7 @@ def _aware(joint, a):
     known[np.arange(len(joint)), a] = own / own.sum(1, keepdims=True)
     return known
 
-# %% ../nbs/lib_fair_estimators.ipynb #49addb0b
+# %% ../nbs/lib_fair_estimators.ipynb #577cf6d8
 class OptFairPostprocessor(ClassifierMixin, BaseEstimator):
     """Classifier of least risk among those that meet a fairness criterion within `xi`, built on a model for P(group, class | x).
 
@@ -275,6 +275,7 @@ class OptFairPostprocessor(ClassifierMixin, BaseEstimator):
         self.constraints_ = fairness_constraints(criteria, joint, convention=self.convention, weights=weights)
         self.certificate_ = solve_dual(joint, self.constraints_, xi, tau=float(self.tau), weights=weights)
         self.lambda_ = self.certificate_.lam.numpy()
+        self.draws_ = bool(self.lambda_.any() or _argmax_fails(joint, self.certificate_, weights))
         return self
 
     @property
@@ -379,14 +380,14 @@ def predict_proba(self: OptFairPostprocessor,
     joint = self.predict_joint(X, sensitive_features=sensitive_features)
     return self.certificate_.predict_proba(torch.from_numpy(joint)).numpy()
 
-# %% ../nbs/lib_fair_estimators.ipynb #f3a67637
+# %% ../nbs/lib_fair_estimators.ipynb #ddd855ed
 @patch
 def predict(self: OptFairPostprocessor,
     X: Any,                             # n rows of features
     *, method: str | None = None,       # "hash", "draw", "argmax"; None: that of the estimator
     sensitive_features: Any = None,     # used only with attribute_aware=True
 ):                                      # n labels
-    "One decision for each row. Where no constraint binds (lambda = 0) it is the argmax. Raises `ValueError` for an unknown method."
+    "One decision for each row. Where lambda = 0 and the argmax meets the bound on the rows of fit (`draws_` is False), it is the argmax. Raises `ValueError` for an unknown method."
     p = self.predict_proba(X, sensitive_features=sensitive_features)
     return self.classes_[self._decide(X, p, method or self.method)]
 
@@ -396,12 +397,19 @@ def score(self: OptFairPostprocessor, X, y, sample_weight=None, *, sensitive_fea
     "Accuracy of `predict`."
     return accuracy_score(y, self.predict(X, sensitive_features=sensitive_features), sample_weight=sample_weight)
 
-# %% ../nbs/lib_fair_estimators.ipynb #dbefd7ff
+# %% ../nbs/lib_fair_estimators.ipynb #dc7b2492
+def _argmax_fails(joint, certificate, weights):
+    "Does the likeliest class of each row break a bound that the rule itself meets?"
+    p = certificate.predict_proba(joint)
+    D = constraint_values(joint, torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).to(p), certificate.constraints, weights)
+    return bool((D.abs() > certificate.xi + 1e-9).any())
+
+# %% ../nbs/lib_fair_estimators.ipynb #4dad76a5
 @patch
 def _decide(self: OptFairPostprocessor, X, p, method):
     "Numbers of the classes that are chosen, [n]."
     if method not in ("hash", "draw", "argmax"): raise ValueError(f"method must be 'hash', 'draw' or 'argmax', got {method!r}")
-    if method == "argmax" or not self.lambda_.any(): return p.argmax(1)
+    if method == "argmax" or not self.draws_: return p.argmax(1)
     return _pick(p, row_uniforms(X, self.hash_key_) if method == "hash" else check_random_state(self.random_state).random_sample(len(p)))
 
 # %% ../nbs/lib_fair_estimators.ipynb #907f1613

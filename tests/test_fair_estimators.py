@@ -216,6 +216,17 @@ def test_methods_of_deciding():
     assert not np.array_equal(other.predict(rows), e.predict(rows)) and not np.array_equal(fresh.predict(rows), fresh.predict(rows))
 
 
+def test_a_warm_rule_without_multipliers_still_draws():
+    "At tau = 1 the rule meets its bound by drawing alone; its argmax would break it. At tau = 1e-3 and a wide bound, argmax does."
+    data = make_multiclass(4000, seed=2)
+    exact = lambda **how: OptFairPostprocessor(prefit=True, **how).fit(data.joint.flatten(1).numpy(), data.label, sensitive_features=data.sensitive_features)
+    dp = fairness_constraints("dp", data.joint)
+    violation = lambda e, how: constraint_values(data.joint, torch.nn.functional.one_hot(torch.as_tensor(e.predict(data.joint.flatten(1).numpy(), method=how)), 3).double(), dp).abs().max().item()
+    warm, cold = exact(xi=.1, tau=1.), exact(xi=.5)
+    assert not warm.lambda_.any() and warm.draws_ and violation(warm, "hash") < .1 < .15 < violation(warm, "argmax")
+    assert not cold.lambda_.any() and not cold.draws_ and violation(cold, "hash") == violation(cold, "argmax")
+
+
 def test_hash_over_keys_is_the_rule():
     J = np.tile(np.random.default_rng(0).dirichlet(np.ones(9), 5), (40, 1))
     e = OptFairPostprocessor(prefit=True, xi=0., criteria="eo").fit(J, np.arange(200) % 3, sensitive_features=np.arange(200) // 3 % 3)
