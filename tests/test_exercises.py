@@ -182,14 +182,31 @@ def test_every_check_has_wrong_answers_that_it_must_reject():
 
 
 def raises(*args): raise ZeroDivisionError("in the answer")
-JUNK = [0, 3.5, float("nan"), "yes", True, object(), [], (1, 2), [([], []), ([], [])], {"a": 1}, torch.ones(3), lambda: 0, raises, lambda *a: None, lambda *a: float("nan"),
-        lambda *a: "yes", lambda *a: torch.tensor([]), lambda *a: [[[1.]]], lambda *a: a[0], lambda *a: (None, None), lambda *a: (a[0], a[0], a[0]), lambda *a: np.nan * np.ones((2, 2))]
+JUNK = [0, 3.5, float("nan"), "yes", True, object(), [], (1, 2), (1, 2, 3, 4), [([], []), ([], [])], (None,) * 4, {"a": 1}, torch.ones(3), lambda: 0, raises, lambda *a: None, lambda *a: float("nan"), lambda *a: "yes",
+        lambda *a: torch.tensor([]), lambda *a: [[[1.]]], lambda *a: a[0], lambda *a: (None, None), lambda *a: (a[0], a[0], a[0]), lambda *a: np.nan * np.ones((2, 2)), lambda *a: np.array([["x"]]),
+        lambda *a: -torch.inf * torch.ones(2, 2)]
 
 
-@pytest.mark.parametrize("id", IDS)
-def test_junk_gets_a_complaint_and_no_other_exception(id):
-    for junk in JUNK:
-        with pytest.raises(NotYet): check(id, junk)
+def complaint(ids, junk=()):
+    "The test that junk, this chapter's own among it, gets a complaint and no other exception."
+    @pytest.mark.parametrize("id", ids)
+    def test(id):
+        for answer in (*JUNK, *junk):
+            with pytest.raises(NotYet): check(id, answer)
+    return test
+
+
+def silence(ids):
+    "The test that an exercise without an answer says so."
+    @pytest.mark.parametrize("id", ids)
+    def test(id, capsys):
+        assert check(id, None) is None
+        assert capsys.readouterr().out == f"{id}: not answered yet\n"
+    return test
+
+
+test_junk_gets_a_complaint_and_no_other_exception = complaint(IDS)
+test_unanswered = silence(IDS)
 
 
 def test_the_readers_own_error_is_shown():
@@ -205,11 +222,6 @@ def test_answers_may_write_into_their_arguments():
 
 
 # --- the register
-
-def test_unanswered(capsys):
-    for id in IDS: assert check(id, None) is None
-    assert capsys.readouterr().out == "".join(f"{id}: not answered yet\n" for id in IDS)
-
 
 @pytest.mark.parametrize("answer", [None, 1])
 def test_unknown_id_lists_the_known_ones(answer):
@@ -230,27 +242,32 @@ def test_ids_are_unique_but_a_cell_can_be_run_again(monkeypatch):
 
 # --- the book: statements and solutions
 
-CHAPTERS = sorted({id.split(".")[0] for id in IDS})
 source = lambda path: "\n".join(c.source for c in pages.read(path).cells if c.cell_type == "code")
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_solutions_pass(chapter):
-    "The code of the solutions runs, and every check of the chapter says correct."
-    path = pages.ROOT / f"nbs/solutions/{chapter}.ipynb"
-    out, names = io.StringIO(), {}
-    with contextlib.redirect_stdout(out): exec(compile(source(path), str(path), "exec"), names)
-    right = re.findall(r"^(\S+): correct$", out.getvalue(), re.M)
-    assert sorted(set(right)) == [id for id in IDS if id.startswith(chapter)] and "not answered" not in out.getvalue()
-    anchors = {anchor for _, anchor in pages.headings(pages.read(path))}
-    assert {f"exercise-{id.split('.')[1]}" for id in set(right)} <= anchors
+def solved(chapter, ids):
+    "The test that the code of the solutions runs, and every check of the chapter says correct."
+    def test():
+        path = pages.ROOT / f"nbs/solutions/{chapter}.ipynb"
+        out, names, before = io.StringIO(), {}, torch.get_default_dtype()
+        try:
+            with contextlib.redirect_stdout(out): exec(compile(source(path), str(path), "exec"), names)
+        finally: torch.set_default_dtype(before)
+        assert list(dict.fromkeys(re.findall(r"^(\S+): correct$", out.getvalue(), re.M))) == ids and "not answered" not in out.getvalue()
+        assert {f"exercise-{id.split('.')[1]}" for id in ids} <= {anchor for _, anchor in pages.headings(pages.read(path))}
+    return test
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_asks_every_exercise_once_and_links_to_its_solution(chapter):
-    parts = sorted((pages.ROOT / "nbs").glob(f"{chapter}_*.ipynb"))                     # a chapter may have more than one page
-    ids = re.findall(r'^check\("([\w.]+)", answer_\d+\)$', "\n".join(map(source, parts)), re.M)
-    assert sorted(ids) == [id for id in IDS if id.startswith(chapter)]
-    text = "\n".join(c.source for path in parts for c in pages.read(path).cells if c.cell_type == "markdown")
-    for id in ids: assert f"(solutions/{chapter}.ipynb#exercise-{id.split('.')[1]})" in text
-    assert text.count("<summary>Hint</summary>") == text.count("<summary>Solution</summary>") == len(ids)
+def asked(chapter, ids):
+    "The test that the chapter asks every exercise once, with a hint and a link to its solution."
+    def test():
+        parts = sorted((pages.ROOT / "nbs").glob(f"{chapter}_*.ipynb"))
+        assert re.findall(r'^check\("([\w.]+)", answer_\d+\)$', "\n".join(map(source, parts)), re.M) == ids
+        text = "\n".join(c.source for path in parts for c in pages.read(path).cells if c.cell_type == "markdown")
+        for id in ids: assert f"(solutions/{chapter}.ipynb#exercise-{id.split('.')[1]})" in text
+        assert text.count("<summary>Hint</summary>") == text.count("<summary>Solution</summary>") == len(ids)
+    return test
+
+
+test_solutions_pass = solved("ch01", IDS)
+test_chapter_asks_every_exercise_once_and_links_to_its_solution = asked("ch01", IDS)

@@ -1,14 +1,11 @@
 "Chapter 4: every check takes its solution, rejects wrong answers with words that help, and never lets another exception escape."
-import contextlib
-import io
 import re
 
 import numpy as np
-import pages
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, root
-from test_exercises import rejection
+from test_exercises import asked, complaint, raises, rejection, silence, solved
 
 from fairbook.exercises import _CHECKS, NotYet
 from fairbook.exercises_ch04 import _court, _masses, _miss, _pairs, _scaled, _unexplained, check
@@ -269,22 +266,8 @@ def test_there_are_eight_and_each_has_wrong_answers_that_it_must_reject():
     assert set(WRONG) == set(IDS) == {id for id, _ in RIGHT} and min(map(len, WRONG.values())) >= 5
 
 
-def raises(*args): raise ZeroDivisionError("in the answer")
-JUNK = [0, 3.5, float("nan"), "yes", True, object(), [], (1, 2), (1, 2, 3, 4), (None, None, None, None), ([[]], [], [], [[]]), ([[1, 0], [1]], [0, 1], [0], [[1.]]), ([[1]], [np.nan], [0], [[1.]]), {"a": 1},
-        torch.ones(3), lambda: 0, raises, lambda *a: float("nan"), lambda *a: "yes", lambda *a: torch.tensor([]), lambda *a: [[[1.]]], lambda *a: a[0], lambda *a: (None, None),
-        lambda *a: (a[0], a[0], a[0]), lambda *a: np.nan * np.ones((2, 2)), lambda *a: np.array([["x"]]), lambda *a: -torch.inf * torch.ones(2, 2)]
-
-
-@pytest.mark.parametrize("id", IDS)
-def test_junk_gets_a_complaint_and_no_other_exception(id):
-    for junk in JUNK:
-        with pytest.raises(NotYet): check(id, junk)
-
-
-@pytest.mark.parametrize("id", IDS)
-def test_unanswered(id, capsys):
-    check(id, None)
-    assert capsys.readouterr().out == f"{id}: not answered yet\n"
+test_junk_gets_a_complaint_and_no_other_exception = complaint(IDS, [([[]], [], [], [[]]), ([[1, 0], [1]], [0, 1], [0], [[1.]]), ([[1]], [np.nan], [0], [[1.]])])
+test_unanswered = silence(IDS)
 
 
 def test_the_readers_own_error_is_shown():
@@ -333,21 +316,5 @@ def test_pairs_of_tables_of_both_kinds():
 
 # --- the book: statements and solutions
 
-source = lambda path: "\n".join(c.source for c in pages.read(path).cells if c.cell_type == "code")
-
-
-def test_solutions_pass():
-    "The code of the solutions runs, and every check of the chapter says correct."
-    path = pages.ROOT / "nbs/solutions/ch04.ipynb"
-    out, names = io.StringIO(), {}
-    with contextlib.redirect_stdout(out): exec(compile(source(path), str(path), "exec"), names)
-    assert re.findall(r"^(\S+): correct$", out.getvalue(), re.M) == IDS and "not answered" not in out.getvalue()
-    assert {f"exercise-{id.split('.')[1]}" for id in IDS} <= {anchor for _, anchor in pages.headings(pages.read(path))}
-
-
-def test_chapter_asks_every_exercise_once_and_links_to_its_solution():
-    parts = sorted((pages.ROOT / "nbs").glob("ch04_*.ipynb"))
-    assert re.findall(r'^check\("([\w.]+)", answer_\d+\)$', "\n".join(map(source, parts)), re.M) == IDS
-    text = "\n".join(c.source for path in parts for c in pages.read(path).cells if c.cell_type == "markdown")
-    for id in IDS: assert f"(solutions/ch04.ipynb#exercise-{id.split('.')[1]})" in text
-    assert text.count("<summary>Hint</summary>") == text.count("<summary>Solution</summary>") == len(IDS)
+test_solutions_pass = solved("ch04", IDS)
+test_chapter_asks_every_exercise_once_and_links_to_its_solution = asked("ch04", IDS)

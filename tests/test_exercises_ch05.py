@@ -1,14 +1,11 @@
 "Chapter 5: every check takes its solution, rejects wrong answers with words that help, and never lets another exception escape."
-import contextlib
-import io
 import re
 
 import numpy as np
-import pages
 import pytest
 import torch
 from scipy.optimize import linprog
-from test_exercises import rejection
+from test_exercises import asked, complaint, raises, rejection, silence, solved
 
 from fairbook.exercises import _CHECKS, NotYet
 from fairbook.exercises_ch05 import _best, _charges, _dual, _halves, _mismatches, _models, _moves, _posterior, _random, _risk, _rules, _trials, check
@@ -220,22 +217,8 @@ def test_every_check_has_wrong_answers_that_it_must_reject():
     assert set(WRONG) == set(IDS) == {id for id, _ in RIGHT} and min(map(len, WRONG.values())) >= 2
 
 
-def raises(*args): raise ZeroDivisionError("in the answer")
-JUNK = [0, 3.5, float("nan"), "yes", True, object(), [], (1, 2), (None, None), {"a": 1}, torch.ones(3), lambda: 0, raises, lambda *a: None, lambda *a: float("nan"), lambda *a: "yes", lambda *a: torch.tensor([]),
-        lambda *a: [[[1.]]], lambda *a: a[0], lambda *a: (None, None), lambda *a: ("x", "low"), lambda *a: (a[0], a[0], a[0]), lambda *a: np.nan * np.ones((2, 2)), lambda *a: np.array([["x"]]),
-        lambda *a: -torch.inf * torch.ones(2, 2), lambda *a: raises, lambda *a: lambda *b: None, lambda *a: lambda joint, h: joint * float("nan")]
-
-
-@pytest.mark.parametrize("id", IDS)
-def test_junk_gets_a_complaint_and_no_other_exception(id):
-    for junk in JUNK:
-        with pytest.raises(NotYet): check(id, junk)
-
-
-@pytest.mark.parametrize("id", IDS)
-def test_unanswered(id, capsys):
-    check(id, None)
-    assert capsys.readouterr().out == f"{id}: not answered yet\n"
+test_junk_gets_a_complaint_and_no_other_exception = complaint(IDS, [lambda *a: ("x", "low"), lambda *a: raises, lambda *a: lambda *b: None, lambda *a: lambda joint, h: joint * float("nan")])
+test_unanswered = silence(IDS)
 
 
 def test_the_readers_own_error_is_shown():
@@ -310,23 +293,5 @@ def test_models_are_wrong_where_it_matters_and_records_are_few():
 
 # --- the book: statements and solutions
 
-source = lambda path: "\n".join(c.source for c in pages.read(path).cells if c.cell_type == "code")
-
-
-def test_solutions_pass():
-    "The code of the solutions runs, and every check of the chapter says correct."
-    path = pages.ROOT / "nbs/solutions/ch05.ipynb"
-    out, names, before = io.StringIO(), {}, torch.get_default_dtype()
-    try:
-        with contextlib.redirect_stdout(out): exec(compile(source(path), str(path), "exec"), names)
-    finally: torch.set_default_dtype(before)
-    assert re.findall(r"^(\S+): correct$", out.getvalue(), re.M) == IDS and "not answered" not in out.getvalue()
-    assert {f"exercise-{id.split('.')[1]}" for id in IDS} <= {anchor for _, anchor in pages.headings(pages.read(path))}
-
-
-def test_chapter_asks_every_exercise_once_and_links_to_its_solution():
-    parts = sorted((pages.ROOT / "nbs").glob("ch05_*.ipynb"))
-    assert re.findall(r'^check\("([\w.]+)", answer_\d+\)$', "\n".join(map(source, parts)), re.M) == IDS
-    text = "\n".join(c.source for path in parts for c in pages.read(path).cells if c.cell_type == "markdown")
-    for id in IDS: assert f"(solutions/ch05.ipynb#exercise-{id.split('.')[1]})" in text
-    assert text.count("<summary>Hint</summary>") == text.count("<summary>Solution</summary>") == len(IDS)
+test_solutions_pass = solved("ch05", IDS)
+test_chapter_asks_every_exercise_once_and_links_to_its_solution = asked("ch05", IDS)
