@@ -2,7 +2,10 @@
 
 A complaint names the notebook and the cell (number and id), and says what to do."""
 import ast
+import contextlib
+import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
+from nbdev.cli import nbdev_filter
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import ROOT, directives, exported_names, headings, notebooks, read, sidebar, tags, without_directives
@@ -156,13 +160,13 @@ def check_citations(path, bib):
 
 def check_filter(path):
     "Runs what Quarto will run, and looks for directives that would be printed on the page."
-    path = Path(path).resolve()
-    run = subprocess.run([Path(sys.executable).parent / "nbdev_filter"], input=path.read_text(), cwd=path.parent, capture_output=True, text=True)
-    if run.returncode:
-        causes = "\n".join(re.findall(r"^[\w.]*(?:Error|Exception)\b.*", run.stderr, re.M))
-        return [f"{path.name}: nbdev_filter fails, so Quarto will. {causes}\n{run.stderr.strip()[-500:]}"]
+    path, silent = Path(path).resolve(), io.StringIO()
+    try:
+        with contextlib.chdir(path.parent), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent): page = nbdev_filter(path.read_text(), printit=False)
+    except Exception as e: return [f"{path.name}: nbdev_filter fails, so Quarto will. {type(e).__name__}: {e}"]
+    finally: os.environ.pop("IN_TEST", None)
     found = []
-    for cell in json.loads(run.stdout)["cells"]:
+    for cell in json.loads(page)["cells"]:
         for raw in re.findall(r"^\s*#\|\s*(\S+)", "".join(cell.get("source", "")), re.M):
             if not QUARTO.match(raw.rstrip(":")): found.append(f"{path.name} ({cell.get('id')}): nbdev_filter leaves `#| {raw}`, which the page would print; remove it")
     return found
