@@ -14,12 +14,13 @@ from itertools import combinations
 from time import perf_counter
 from typing import NamedTuple
 
-# %% ../nbs/lib_fair_dual.ipynb #4f886432
+# %% ../nbs/lib_fair_dual.ipynb #06a99f6a
 import numpy as np
 import scipy.sparse as sp
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
+from scipy.linalg import qr
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
@@ -63,18 +64,45 @@ def _lp_rows(J, S, w):
     entries = (n * w)[:, None] * (J @ S[k, :, :, j].reshape(len(k), J.shape[1]).T)
     return sp.coo_array((entries.T.ravel(), (np.repeat(k, n), (j[:, None] * n + np.arange(n)).ravel())), (len(S), n * S.shape[3]))
 
-# %% ../nbs/lib_fair_dual.ipynb #dba70747
-def _lp(J, S, w, xi, gain):
+# %% ../nbs/lib_fair_dual.ipynb #9ed1ff31
+def _lp(J, S, w, xi, gain, **options):
     "HiGHS on (D.1), variables h (class after class) and n D; numpy. The first n equations are the row sums."
     n, m, K = *gain.shape, len(xi)
     one = sp.hstack([sp.eye_array(n)] * m + [sp.csr_array((n, K))])
     A = sp.vstack([one, sp.hstack([_lp_rows(J, S, w), -n * sp.eye_array(K)])], format="csc")
     bounds = np.concatenate([np.tile([0., 1.], (n * m, 1)), np.stack([-xi, xi], 1)])
-    r = linprog(np.concatenate([-n * (w[:, None] * gain).T.ravel(), np.zeros(K)]), A_eq=A, b_eq=np.repeat([1., 0.], [n, K]), bounds=bounds,
-                method="highs", options=dict(primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9))
-    if "nfeasible" in r.message: raise ValueError(f"no rule meets these constraints ({r.message.strip()}); if they were bound to other rows or to label counts, pass them unbound; otherwise raise xi")
-    if r.x is None: raise RuntimeError(f"HiGHS gave up ({r.message.strip()}); solve_dual may do")
-    return r
+    return linprog(np.concatenate([-n * (w[:, None] * gain).T.ravel(), np.zeros(K)]), A_eq=A, b_eq=np.repeat([1., 0.], [n, K]), bounds=bounds,
+                   method="highs", options=dict(primal_feasibility_tolerance=1e-9, dual_feasibility_tolerance=1e-9) | options)
+
+# %% ../nbs/lib_fair_dual.ipynb #96bf7582
+def _independent(J, S, w, xi):
+    "Marks the constraints that the program needs: of those with xi = 0, a subset that implies the others; numpy."
+    fixed, keep = np.flatnonzero(xi == 0), np.ones(len(xi), bool)
+    if not len(fixed): return keep
+    even = S[fixed].mean(3, keepdims=True)
+    rows = np.column_stack([(S[fixed] - even).reshape(len(fixed), -1), even.reshape(len(fixed), -1) @ (w @ J)])
+    R, order = qr((rows / (1e-300 + np.abs(rows).max(1, keepdims=True))).T, mode="r", pivoting=True)
+    size = np.abs(R.diagonal())
+    keep[fixed[order[(size > 1e-9 * size[0]).sum():]]] = False
+    return keep
+
+# %% ../nbs/lib_fair_dual.ipynb #da637c7f
+def _exact(J, S, w, xi, gain):
+    "Optimal h [n, m], multipliers [K] and risk of (D.1); numpy. Raises `ValueError` if there is no rule, `RuntimeError` if HiGHS finds none."
+    (n, m), keep, lam = gain.shape, _independent(J, S, w, xi), np.zeros(len(xi))
+    constants = np.einsum("kaij,ai->kj", S, (w @ J).reshape(S.shape[1:3]))
+    for options in {}, dict(presolve=False):
+        r = _lp(J, S[keep], w, xi[keep], gain, **options)
+        if r.x is None and "nfeasible" in r.message and not (abs(constants) <= xi[:, None] + 1e-12).all(0).any():
+            raise ValueError(f"no rule meets these constraints ({r.message.strip()}); if they were bound to other rows or to label counts, pass them unbound; otherwise raise xi")
+        if r.x is None: continue
+        lam[keep] = -r.eqlin.marginals[n:]
+        bound = 1 - w @ (gain - J @ np.tensordot(lam, S, 1).reshape(-1, m)).max(1) - xi @ abs(lam)
+        h = r.x[:n * m].reshape(m, n).T.clip(0, 1)                             # HiGHS keeps to 0 and 1 up to its tolerance only
+        h /= h.sum(1, keepdims=True)
+        risk = 1 - w @ (h * gain).sum(1)
+        if abs(risk - bound) <= 1e-6: return h, lam, risk
+    raise RuntimeError(f"HiGHS found no optimum ({r.message.strip()}); solve_dual may do")
 
 # %% ../nbs/lib_fair_dual.ipynb #8b5b748a
 def _largest(x): return float(x.max()) if len(x) else 0.      # one group, pairwise: there is nothing to compare
@@ -94,7 +122,7 @@ class LPResult:
 
     def __repr__(self): return f"LPResult(risk={self.risk:.6f}, violation={self.violation:.6f}, n={len(self.h)}, K={len(self.lam)})"
 
-# %% ../nbs/lib_fair_dual.ipynb #48557817
+# %% ../nbs/lib_fair_dual.ipynb #2613a5cc
 def solve_lp(
     joint: Float[Tensor, "n g m"],                   # P(A=a, Y=y | x) of each row, rows sum to 1
     constraints: FairnessConstraints,                # while not bound, bound to the mean of joint
@@ -102,15 +130,15 @@ def solve_lp(
     *, weights: Float[Tensor, "n"] | None = None,    # weight of each row, >= 0; None: all equal
 ) -> LPResult:                                       # exact up to the tolerances of HiGHS
     """The least risk under the constraints, by the linear program (D.1) over all n m entries of h: the oracle for `solve_dual`.
-    Raises `ValueError` for bad input and if no rule meets the constraints. Seconds for n m = 4 10^4; grows faster than n m.
+    Raises `ValueError` for bad input and if no rule meets the constraints, `RuntimeError` if HiGHS finds no optimum that its multipliers confirm. Seconds for n m = 4 10^4; grows faster than n m.
 
     Example: `from fairbook.fairness_constraints import *; round(solve_lp(make_finite_law().joint, fairness_constraints("dp", n_groups=3, n_classes=3), 0.).violation, 9)` gives `0.`."""
     joint, constraints, xi, w = _problem(joint, constraints, xi, weights)
-    (n, g, m), J = joint.shape, joint.double()
-    r = _lp(*(x.cpu().numpy() for x in (J.flatten(1), constraints.coefficients(), w, xi, J.sum(1))))
-    h = J.new_tensor(r.x[:n * m]).reshape(m, n).T.contiguous()
-    D = constraints.values((J.flatten(1) * w[:, None]).T.matmul(h).reshape(g, m, m))
-    return LPResult(1 + float(r.fun) / n, _largest(D.abs()), h, J.new_tensor(-r.eqlin.marginals[n:]), xi, constraints)
+    (_, g, m), J = joint.shape, joint.double()
+    h, lam, risk = _exact(*(x.cpu().numpy() for x in (J.flatten(1), constraints.coefficients(), w, xi, J.sum(1))))
+    h = J.new_tensor(h)
+    D = constraints.values((J.flatten(1) * w[:, None]).T.matmul(h).reshape(g, m, m))                # of the h that is returned
+    return LPResult(float(risk), _largest(D.abs()), h, J.new_tensor(lam), xi, constraints)
 
 # %% ../nbs/lib_fair_dual.ipynb #ac7dc55a
 def lp_frontier(
@@ -190,46 +218,46 @@ def __call__(self: _Dual, lam, tau, curvature=False):
     H = sum((d @ b) @ d.T for b, (_, _, d) in zip(B, self.pairs)) / tau if curvature else None
     return _Point(lam, float(value), float(regret), self.S @ Q.flatten(), Q.reshape(self.g, self.m, self.m), H)
 
-# %% ../nbs/lib_fair_dual.ipynb #6cd1df1c
+# %% ../nbs/lib_fair_dual.ipynb #3ffff174
 @patch
 def compete(self: _Dual, B, J, h, w):
     "Adds E[h_i h_j J J'] for every pair of classes; rows in which one of the two has no chance play no part."
     undecided = (h.amax(1) < 1 - 1e-7).nonzero()[:, 0]
     if len(undecided) < len(J): J, h, w = J[undecided], h[undecided], w[undecided]
     for b, (i, j, _) in zip(B, self.pairs):
-        some = ((r := h[:, i] * h[:, j]) > 1e-7).nonzero()[:, 0]
-        rows, r = (J[some], (r * w)[some]) if len(some) < .7 * len(J) else (J, r * w)
-        b += rows.T @ (rows * r[:, None])
+        some = ((tie := h[:, i] * h[:, j]) > 1e-7).nonzero()[:, 0]
+        rows, v = (J[some], (tie * w)[some]) if len(some) < .7 * len(J) else (J, tie * w)
+        b += rows.T @ (rows * v[:, None])
 
-# %% ../nbs/lib_fair_dual.ipynb #b4eb39ab
+# %% ../nbs/lib_fair_dual.ipynb #1635eecd
 @patch
 def smoothness(self: _Dual):
-    "L tau: half the largest eigenvalue of the sum of E[g_j g_j']."
+    "L_f tau: half the largest eigenvalue of the sum of E[g_j g_j']."
     B, S = sum(J.T @ (J * w[:, None]) for J, w in self.chunks()), self.S.unflatten(1, (-1, self.m))
     return float(torch.linalg.eigvalsh(sum(S[..., j] @ B @ S[..., j].T for j in range(self.m)))[-1]) / 2
 
-# %% ../nbs/lib_fair_dual.ipynb #d55d0529
+# %% ../nbs/lib_fair_dual.ipynb #8dd6418e
 def _shrink(x, t): return x.sign() * (x.abs() - t).clamp(min=0)
 
 
 def _proximal(f, xi, tau, lam, tol, max_iter, seen):
-    "Proximal gradient with step 1 / L (the paper's Algorithm 2)."
-    L = f.smoothness() / tau
+    "Proximal gradient with step 1 / L_f (the paper's Algorithm 2)."
+    L_f = f.smoothness() / tau
     for k in range(max_iter + 1):
         p = f(lam, tau)
         seen(p)
         if p.done(xi, tol) or k == max_iter: return p, k
-        lam = _shrink(lam + p.D / L, xi / L)
+        lam = _shrink(lam + p.D / L_f, xi / L_f)
 
-# %% ../nbs/lib_fair_dual.ipynb #8df685d6
+# %% ../nbs/lib_fair_dual.ipynb #0b39b07b
 def _fista(f, xi, tau, lam, tol, max_iter, seen):
     "Proximal gradient with momentum, which is dropped whenever it points uphill (O'Donoghue and Candes)."
-    L, y, t = f.smoothness() / tau, lam, 1.
+    L_f, y, t = f.smoothness() / tau, lam, 1.
     for k in range(max_iter + 1):
         p = f(y, tau)
         seen(p)
         if p.done(xi, tol) or k == max_iter: return p, k
-        new = _shrink(y + p.D / L, xi / L)
+        new = _shrink(y + p.D / L_f, xi / L_f)
         if (y - new) @ (new - lam) > 0: t = 1.
         t_ = (1 + math.sqrt(1 + 4 * t * t)) / 2
         lam, y, t = new, new + (t - 1) / t_ * (new - lam), t_
@@ -252,7 +280,7 @@ def _lbfgs(f, xi, tau, lam, tol, max_iter, seen, restarts=3):
     p, k = _newton(f, xi, tau, lam, tol, max_iter - used, seen)
     return p, used + k
 
-# %% ../nbs/lib_fair_dual.ipynb #4c6360c4
+# %% ../nbs/lib_fair_dual.ipynb #7e3bce13
 def _l1_quadratic(H, c, xi, v, tol=1e-12, max_iter=2000):
     "argmin v'Hv / 2 + c'v + sum xi|v| by feature-sign search from v. H positive definite; numpy."
     v, s, tol = v.copy(), np.sign(v), tol * (1 + abs(c).max(initial=0))
@@ -260,9 +288,9 @@ def _l1_quadratic(H, c, xi, v, tol=1e-12, max_iter=2000):
         A = np.flatnonzero(s)
         target = np.linalg.solve(H[np.ix_(A, A)], -c[A] - xi[A] * s[A])
         if (crossing := target * s[A] < 0).any():                              # go until the first multiplier is zero, and drop it
-            share = np.where(crossing, v[A] / np.where(crossing, v[A] - target, 1.), np.inf)
-            v[A] += share.min() * (target - v[A])
-            gone = A[share <= share.min()]
+            way = np.where(crossing, v[A] / np.where(crossing, v[A] - target, 1.), np.inf)
+            v[A] += way.min() * (target - v[A])
+            gone = A[way <= way.min()]
             v[gone], s[gone] = 0., 0.
             continue
         v[A] = target
@@ -289,10 +317,15 @@ def _newton(f, xi, tau, lam, tol, max_iter, seen):
             q = f(p.lam + t * step, tau)
         p = q if q.done(xi, tol) else f(q.lam, tau, True)
 
-# %% ../nbs/lib_fair_dual.ipynb #e041485d
-_METHODS = dict(newton=(_newton, 100), lbfgs=(_lbfgs, 2000), fista=(_fista, 5000), proximal=(_proximal, 20_000))
+# %% ../nbs/lib_fair_dual.ipynb #065287f8
+def _newton_first(f, xi, tau, lam, tol, max_iter, seen):
+    "Newton's method; what it has not finished after 40 steps goes to L-BFGS."
+    p, k = _newton(f, xi, tau, lam, tol, min(max_iter, 40), seen)
+    if p.done(xi, tol) or k == max_iter: return p, k
+    q, j = _lbfgs(f, xi, tau, p.lam, tol, max_iter - k, seen)
+    return q, k + j
 
-
+# %% ../nbs/lib_fair_dual.ipynb #ae9c6317
 def _stages(tau, first=.1, ratio=math.sqrt(10)):
     "Temperatures from `first` down to tau, by `ratio` or a little less each."
     k = max(0, math.ceil(math.log(first / tau) / math.log(ratio) - 1e-9))
@@ -390,8 +423,8 @@ def _why(r, infeasible):
                            "pass them unbound, or bind them to the mean of this joint; otherwise raise xi")
     return f"stopped after {r.n_iter} iterations with excess {r.excess:.1e} and gap_tau {r.gap_tau:.1e}; raise max_iter, tau or tol"
 
-# %% ../nbs/lib_fair_dual.ipynb #a8dea103
-_METHODS = dict(newton=(_newton, 100), lbfgs=(_lbfgs, 2000), fista=(_fista, 5000), proximal=(_proximal, 20_000))
+# %% ../nbs/lib_fair_dual.ipynb #516c193f
+_METHODS = dict(newton=(_newton_first, 100), lbfgs=(_lbfgs, 2000), fista=(_fista, 5000), proximal=(_proximal, 20_000))
 
 
 def _solver(joint, constraints, tau, tol, method, max_iter, init, chunk):

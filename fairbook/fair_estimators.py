@@ -35,9 +35,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (_check_sample_weight, check_consistent_length, check_is_fitted, column_or_1d, has_fit_parameter,
                                       validate_data)
 
-# %% ../nbs/lib_fair_estimators.ipynb #578df092
+# %% ../nbs/lib_fair_estimators.ipynb #d5bc6a6c
 from .fair_dual import DualResult, solve_dual
-from .fair_training import _encode_groups
+from .fair_training import _encode_groups, _float_words, _hash_uniforms
 from .fairness_constraints import FairnessConstraints, _check_joint, _read_criteria, constraint_values, fairness_constraints
 
 # %% ../nbs/lib_fair_estimators.ipynb #d50ffa53
@@ -126,42 +126,39 @@ def _calibrator(kind):
     if not kind: return None
     return _Isotonic() if kind == "isotonic" else _Scaling(kind != "vector")
 
-# %% ../nbs/lib_fair_estimators.ipynb #43f0028a
+# %% ../nbs/lib_fair_estimators.ipynb #94e45c14
 def _word(value):
     "A whole number below 2^64 for one value."
-    if isinstance(value, numbers.Real): return int(_words(np.array([float(value)]))[0])
+    if isinstance(value, (numbers.Real, np.bool_)): return int(_float_words(np.array([float(value)]))[0])
     return int.from_bytes(blake2b(str(value).encode(), digest_size=8).digest(), "little")
 
 
 def _words(x):
     "One word for each entry of an array, [...] uint64."
     x = np.asarray(x)
-    if x.dtype.kind in "biuf":
-        with np.errstate(over="ignore"): x = np.where(np.isnan(x), np.nan, x).astype(np.float32) + np.float32(0)
-        return x.view(np.uint32).astype("<u8")
+    if x.dtype.kind in "biuf": return _float_words(x)
     code, values = pd.factorize(x.ravel(), use_na_sentinel=False)
     return np.array([_word(v) for v in values], dtype="<u8")[code].reshape(x.shape)
 
-# %% ../nbs/lib_fair_estimators.ipynb #b62ba823
+# %% ../nbs/lib_fair_estimators.ipynb #b82832ca
 def _row_words(X):
     "One row of words [n, d] for each row of a table, an array or a sparse matrix."
     if hasattr(X, "columns"): return np.stack([_words(X.iloc[:, k]) for k in range(X.shape[1])], 1)
-    X = X.toarray() if sparse.issparse(X) else X.detach().cpu().numpy() if torch.is_tensor(X) else np.asarray(X)
-    return _words(X.reshape(len(X), -1))
+    x = X.toarray() if sparse.issparse(X) else X.detach().cpu().numpy() if torch.is_tensor(X) else np.asarray(X)
+    if x.dtype.kind in "US" and not isinstance(X, np.ndarray): x = np.asarray(X, dtype=object)      # a list of numbers and text: numpy would turn all into text
+    return _words(x.reshape(len(x), -1))
 
-# %% ../nbs/lib_fair_estimators.ipynb #71ce4f9b
+# %% ../nbs/lib_fair_estimators.ipynb #c9c3c736
 def row_uniforms(
     X: Any,             # n rows: array, table, tensor, sparse matrix or list
     seed: int = 0,      # key, 0 to 2^64 - 1: another key, other numbers
 ) -> Float[np.ndarray, "n"]:    # in [0, 1), a function of the row's content and the key alone
-    """Numbers that look uniform and independent for rows that differ, and are equal for equal rows. Rows are equal if they agree in single precision, and as text.
-    Raises `ValueError` for a key out of range. O(n d), about a second for a million rows of ten numbers.
+    """Numbers that look uniform and independent for rows that differ, and are equal for equal rows. Rows are equal if they agree in single precision, and as text:
+    a difference in the last digits of a double hardly ever matters, but it does where it crosses a border of single precision. Raises `ValueError` for a key out of range. O(n d), about a second for a million rows of ten numbers.
 
     Example: `row_uniforms([[1., 2.], [1., 2.]]).round(3).tolist()` gives `[0.357, 0.357]`."""
     if not 0 <= seed < 2**64: raise ValueError(f"seed must be from 0 to 2^64 - 1, got {seed}")
-    key, words = int(seed).to_bytes(8, "little"), np.ascontiguousarray(_row_words(X))
-    bits = b"".join(blake2b(row, digest_size=8, key=key).digest() for row in words)
-    return (np.frombuffer(bits, "<u8") >> 11) * 2.**-53
+    return _hash_uniforms(_row_words(X), seed)
 
 # %% ../nbs/lib_fair_estimators.ipynb #3f8ec52f
 def _pick(p, u):

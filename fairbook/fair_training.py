@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['calibrated_targets', 'calibrated_loss', 'prox_l1_ball', 'Round', 'OptFairClassifier']
 
-# %% ../nbs/lib_fair_training.ipynb #c67ea247
+# %% ../nbs/lib_fair_training.ipynb #b36d9868
 import copy
 import math
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -212,18 +213,18 @@ def _round(Q, lam, constraints, xi, radius):
     move, top = prox_l1_ball(lam + D, xi, radius) - lam, lambda t: float(t.max()) if len(t) else 0.
     return Round(1 - float(Q.diagonal(dim1=1, dim2=2).sum()), top(D.abs()), max(0., top(D.abs() - xi)), top(move.abs()), float(lam.abs().sum())), D, move
 
-# %% ../nbs/lib_fair_training.ipynb #e44a83af
+# %% ../nbs/lib_fair_training.ipynb #e87c49c9
 def _play(player, constraints, xi, kappa, n_rounds, step, radius, tol, seen=None):
-    "Rounds of (F.5): the multipliers (the last at a fixed point, else the average over the second half) and the history. `seen` is called after each round."
+    "Rounds of (F.5): the multipliers (the last at a fixed point, else the average over the second half) and the history. `seen(round, Q, lam)` is called after each round."
     lam, K, turn, history, lams = xi.new_zeros(len(constraints)), len(constraints), None, [], []
-    S, g, m = constraints.coefficients(), constraints.n_groups, constraints.n_classes
-    c = (S.square().amax(3) * constraints.mass).sum((1, 2)).clamp(min=1e-9)
+    (g, m), c = constraints.mass.shape, (constraints.coefficients().square().amax(3) * constraints.mass).sum((1, 2)).clamp(min=1e-9)
     eta = step / c if step else torch.full_like(lam, radius / math.sqrt(max(1, K) * n_rounds))
     for t in range(n_rounds):
         player(calibrated_targets(lam, constraints, kappa))
-        r, D, move = _round(_confusion(player.logits().argmax(1), player.cell, player.w / player.w.sum(), g, m), lam, constraints, xi, radius)
+        Q = _confusion(player.logits().argmax(1), player.cell, player.w / player.w.sum(), g, m)
+        r, D, move = _round(Q, lam, constraints, xi, radius)
         history.append(r), lams.append(lam)
-        if seen: seen(t)
+        if seen: seen(r, Q, lam)
         if r.residual <= tol: return lam, history
         if step and turn is not None: eta = eta * (1.5 if (eta * move) @ turn > 0 else .5)
         lam, turn = prox_l1_ball(lam + eta * D, xi, radius, eta), move
@@ -272,9 +273,11 @@ def _seeded(random_state, device):
         torch.manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
         yield
 
-# %% ../nbs/lib_fair_training.ipynb #4e088d00
+# %% ../nbs/lib_fair_training.ipynb #3b93039e
 class _GroupClassifier(ClassifierMixin, BaseEstimator):
     "Reads the input of a classifier trained with groups, and predicts from `module_`. Subclasses have `module`, `device` and `random_state`."
+    __metadata_request__fit = {"sensitive_features": True}      # metadata routing: groups are asked for, weights only on request
+
     def _rows(self, X, y, sensitive_features, sample_weight):
         X, y = validate_data(self, X, y, dtype=np.float64, allow_nd=self.module is not None)
         check_classification_targets(y)
@@ -344,7 +347,7 @@ def _check_settings(est, positive=(), at_least_0=(), choices={}):
     for name, allowed in choices.items():
         if getattr(est, name) not in allowed: raise ValueError(f"{name} must be one of {allowed}, got {getattr(est, name)!r}")
 
-# %% ../nbs/lib_fair_training.ipynb #ad299a40
+# %% ../nbs/lib_fair_training.ipynb #80a855e9
 class OptFairClassifier(_GroupClassifier):
     """Multi-class classifier trained under fairness constraints, blind to the group at prediction: Algorithm 1 of the OptFair paper with our row constants, step
     sizes and (for linear models) exact inner solutions. `fit` warns `ConvergenceWarning` if the bound is missed on the training rows: raise `n_rounds` or `xi`, or take a
@@ -359,7 +362,7 @@ class OptFairClassifier(_GroupClassifier):
         xi=.01,                      # largest |D_k| allowed on the training law, >= 0; one number or one per constraint
         kappa="row",                 # constants of the loss: "row" (ours) or "global" (the paper's)
         convention="population",     # differences from everybody ("population") or between groups ("pairwise")
-        prediction="deterministic",  # "deterministic": multipliers frozen, trained to the end, argmax; "mixture": draws among the rules of the second half
+        prediction="deterministic",  # "deterministic": multipliers frozen, trained to the end, argmax, or the best round if that misses xi; "mixture": draws among the rules of the second half
         n_rounds=30,                 # rounds of the game, >= 1
         step=.5,                     # first step of the multipliers, times 1 / c_k, then adapted; None: the paper's B / sqrt(K T)
         radius=None,                 # bound B on the sum of |lambda_k|; None: (1 - largest class share) / xi
@@ -369,7 +372,7 @@ class OptFairClassifier(_GroupClassifier):
         batch_size=256,              # rows per step, for modules
         learning_rate=.01,          # of AdamW, for modules
         weight_decay=1e-4,           # linear: half of it times the squared coefficients joins the mean loss; modules: AdamW's
-        random_state=None,           # seed of modules and of mixture draws; linear fits draw nothing
+        random_state=None,           # seed of modules and key of mixture draws (None: key 0); linear fits draw nothing
         device=None,                 # torch device; None: CPU
     ):
         self.module, self.criteria, self.xi, self.kappa, self.convention, self.prediction = module, criteria, xi, kappa, convention, prediction
@@ -391,6 +394,7 @@ class OptFairClassifier(_GroupClassifier):
         radius = self.radius or (1 - float(mass.sum(0).max())) / least if least or self.radius else math.inf
         if self.step is None and radius == math.inf: raise ValueError("step=None, the paper's step, needs a finite radius, but xi is 0; set radius")
         with _seeded(self.random_state, mass.device): self._train(rows, cell, xi, radius)
+        self.hash_key_ = 0 if self.random_state is None else int(check_random_state(self.random_state).randint(2**31 - 1))
         if not self.converged_: warnings.warn(f"after {self.n_iter_} rounds the rule exceeds xi by {self.outcome_.excess:.3g} on the training rows; raise n_rounds or xi, take a richer module, "
                                               "or prediction='mixture'", ConvergenceWarning, stacklevel=2)
         return self
@@ -406,22 +410,36 @@ def _player(self: OptFairClassifier, rows, cell):
     linear = _Linear(X, cell, rows.w, len(self.classes_), self.weight_decay)
     return linear, lambda: {"weight": linear.theta[:-1].T.clone(), "bias": linear.theta[-1].clone()}
 
-# %% ../nbs/lib_fair_training.ipynb #45e8255e
+# %% ../nbs/lib_fair_training.ipynb #e2ebee6c
+@patch
+def _extract(self: OptFairClassifier, player, rows, cell, xi, radius):
+    "Trains to the end at the multipliers of the game; the `Round` that comes out, its Q and the multipliers."
+    player(calibrated_targets(self.lambda_, self.constraints_, self.kappa), final=True)
+    Q = _confusion(player.logits().argmax(1), cell, rows.w, len(self.groups_), len(self.classes_))
+    return _round(Q, self.lambda_, self.constraints_, xi, radius)[0], Q, self.lambda_
+
+# %% ../nbs/lib_fair_training.ipynb #d78a9751
 @patch
 def _train(self: OptFairClassifier, rows, cell, xi, radius):
-    "Game and extraction."
-    (player, state), g, m, mixed, kept = self._player(rows, cell), len(self.groups_), len(self.classes_), self.prediction == "mixture", []
-    confusion = lambda: _confusion(player.logits().argmax(1), cell, rows.w, g, m)
-    play = self.constraints_, xi, self.kappa, int(self.n_rounds), self.step, radius, self.tol
-    self.lambda_, self.history_ = _play(player, *play, (lambda t: kept.append((state(), confusion()))) if mixed else None)
-    self.n_iter_ = len(self.history_)
-    if not mixed: player(calibrated_targets(self.lambda_, self.constraints_, self.kappa), final=True)
-    kept = kept[-1 if self.history_[-1].residual <= self.tol else self.n_iter_ // 2:] or [(state(), confusion())]
-    self.mixture_ = [one for one, _ in kept]
-    self.module_.load_state_dict(self.mixture_[-1])
-    self.outcome_ = _round(torch.stack([Q for _, Q in kept]).mean(0), self.lambda_, self.constraints_, xi, radius)[0]
+    "The game, and the choice of what is returned."
+    (player, state), mixed, kept = self._player(rows, cell), self.prediction == "mixture", []
     grain = float(self.constraints_.coefficients().abs().max() * rows.w.max()) if len(self.constraints_) else 0.
-    self.converged_ = self.outcome_.excess <= self.tol + grain
+    allowed = self.tol + grain
+    rank = lambda one: (max(one[0].excess, allowed), one[0].risk)
+    def seen(*one):
+        if mixed or not kept or rank(one) < rank(kept[0]): kept[len(kept) * mixed:] = [(*one, state())]
+    self.lambda_, self.history_ = _play(player, self.constraints_, xi, self.kappa, int(self.n_rounds), self.step, radius, self.tol, seen)
+    self.n_iter_ = len(self.history_)
+    if mixed:
+        kept = kept[-1 if self.history_[-1].residual <= self.tol else self.n_iter_ // 2:]
+        self.outcome_ = _round(torch.stack([Q for _, Q, *_ in kept]).mean(0), self.lambda_, self.constraints_, xi, radius)[0]
+    else:
+        last = *self._extract(player, rows, cell, xi, radius), state()
+        if last[0].excess <= allowed or rank(last) <= rank(kept[0]): kept = [last]
+        self.outcome_, _, self.lambda_, _ = kept[0]
+    self.mixture_ = [one[-1] for one in kept]
+    self.module_.load_state_dict(self.mixture_[-1])
+    self.converged_ = self.outcome_.excess <= allowed
 
 # %% ../nbs/lib_fair_training.ipynb #9475d1a1
 @patch
@@ -434,11 +452,24 @@ def predict_proba(self: OptFairClassifier, X):
         votes = votes + torch.nn.functional.one_hot(_logits(module, X).argmax(1), len(self.classes_)).double()
     return (votes / len(self.mixture_)).cpu().numpy()
 
-# %% ../nbs/lib_fair_training.ipynb #b1715cf3
+# %% ../nbs/lib_fair_training.ipynb #448c18e4
+def _float_words(x):
+    "One word for each number of an array, [...] uint64: the bits of its single precision, with one zero and one NaN."
+    with np.errstate(over="ignore"): x = np.where(np.isnan(x), np.nan, x).astype(np.float32) + np.float32(0)
+    return x.view(np.uint32).astype("<u8")
+
+
+def _hash_uniforms(words, seed):
+    "Numbers [n] in [0, 1) from rows of words [n, d], by BLAKE2b with `seed` as key."
+    key = int(seed).to_bytes(8, "little")
+    bits = b"".join(blake2b(row, digest_size=8, key=key).digest() for row in np.ascontiguousarray(words))
+    return (np.frombuffer(bits, "<u8") >> 11) * 2.**-53
+
+# %% ../nbs/lib_fair_training.ipynb #ae448a45
 @patch
 def predict(self: OptFairClassifier, X):
-    "Labels [n]: the most probable, or for a mixture one draw per row from `random_state`, the same for the same X."
+    "Labels [n]: the most probable, or for a mixture one draw per row, a function of the row's content and of `random_state`."
     p = self.predict_proba(X)
     if self.prediction == "deterministic": return self.classes_[p.argmax(1)]
-    u = check_random_state(self.random_state).uniform(size=(len(p), 1))
-    return self.classes_[(p.cumsum(1) < u).sum(1).clip(max=p.shape[1] - 1)]
+    u = _hash_uniforms(_float_words(self._input(X).flatten(1).double().cpu().numpy()), self.hash_key_)
+    return self.classes_[(p.cumsum(1)[:, :-1] <= u[:, None]).sum(1)]

@@ -27,7 +27,7 @@ class FiniteLaw:
     joint: Float[Tensor, "n g m"]         # P(A = a, Y = y | X = x), each row sums to 1
     weights: Float[Tensor, "n"]           # P(X = x)
 
-# %% ../nbs/lib_fairness_constraints.ipynb #4a387fdc
+# %% ../nbs/lib_fairness_constraints.ipynb #b68d4608
 def make_finite_law(
     n_x: int = 12,   # values of the feature, >= 1
     g: int = 3,      # groups, >= 1
@@ -38,9 +38,9 @@ def make_finite_law(
     Example: `make_finite_law(4, 2, 2).probability.sum().item()` gives `1.`."""
     if min(n_x, g, m) < 1: raise ValueError(f"n_x, g and m must be at least 1, got {n_x}, {g}, {m}")
     x, a, y = np.ogrid[:n_x, :g, :m]
-    w = 1 + (7*x + 5*a + 3*y + 2*x*a + x*y + 4*a*y) % 11
-    w = w * (1 + 2*(x % g == a)) * (1 + 2*(x % m == y)) * (1 + (a == y % g))
-    p = torch.from_numpy(w / w.sum())
+    size = 1 + (7*x + 5*a + 3*y + 2*x*a + x*y + 4*a*y) % 11
+    size = size * (1 + 2*(x % g == a)) * (1 + 2*(x % m == y)) * (1 + (a == y % g))
+    p = torch.from_numpy(size / size.sum())
     weights = p.sum((1, 2))
     return FiniteLaw(p, p / weights[:, None, None], weights)
 
@@ -253,13 +253,15 @@ def score_matrices(self: FairnessConstraints,
     S = self.coefficients()
     return torch.eye(self.n_classes).to(S) - torch.einsum("k,kaij->aij", lam.to(S), S)
 
-# %% ../nbs/lib_fairness_constraints.ipynb #0edde40d
+# %% ../nbs/lib_fairness_constraints.ipynb #42e0f660
 @patch
 def rank(self: FairnessConstraints,
-    mass: Float[Tensor, "g m"] | None = None,   # normalisers; None: those that are bound, or all cells alike
+    mass: Float[Tensor, "g m"] | None = None,   # normalisers; None: those that are bound, or generic ones
 ) -> int:                                       # at most K
-    "The number of linearly independent constraints on rules whose rows sum to 1. Cost of an SVD of [K, g m^2]."
+    "The number of linearly independent constraints on rules whose rows sum to 1. Special masses can have fewer: where group and class are independent, DP follows from EO. Cost of an SVD of [K, g m^2]."
     g, m = self.n_groups, self.n_classes
-    if mass is None and self.mass is None: mass = torch.full((g, m), 1 / (g * m), dtype=torch.float64)
+    if mass is None and self.mass is None:
+        mass = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, (g, m)))
+        mass = mass / mass.sum()
     S = self.coefficients(mass)
     return int(torch.linalg.matrix_rank((S - S.mean(3, keepdim=True)).flatten(1))) if len(S) else 0

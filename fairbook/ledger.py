@@ -166,13 +166,13 @@ def load_results(
             raise ValueError(f"{file} is not a file of results ({e}): restore it, or run `make results CH={file.stem}`") from e
     return out
 
-# %% ../nbs/lib_ledger.ipynb #a5d9507e
+# %% ../nbs/lib_ledger.ipynb #98eb64a1
 class Ledger:
-    """The claims of one chapter, compared with `folder/chapter.json`, or recorded into it.
+    """The claims of one chapter, or of one page of it, compared with `folder/chapter.json`, or recorded into it.
 
     Example: `book = Ledger("ch01", record="all"); book.claim("ch01.a", "It holds.", source="Table 1", paper=.5, ours=.52, tol=.05)` gives `ch01.a: ours 0.52, paper 0.5 (tolerance 0.05): reproduced`."""
     def __init__(self,
-        chapter: str,                      # "ch01": file name, and prefix of every id
+        chapter: str,                      # "ch01", or "ch01_more" for a second page: the file's name; every id starts with "ch01."
         folder: str | Path | None = None,  # None: `results_folder()`
         record: str | None = None,         # "all" redoes, "stale" redoes what changed, "" compares; None: `FAIRBOOK_RECORD`
     ):
@@ -195,9 +195,10 @@ def _made_by(setting, cheap, modules, data):
     return dict(setting=_plain("setting", setting), cheap=_plain("cheap", cheap), data=_plain("data", data),
                 modules=_fingerprints(modules))
 
-# %% ../nbs/lib_ledger.ipynb #f7603a8b
+# %% ../nbs/lib_ledger.ipynb #a22627ec
 def _said(id, chapter, statement, source, paper, tol, better, redo_tol):
-    if not id.startswith(chapter + "."): raise ValueError(f"id must start with '{chapter}.', got {id!r}")
+    prefix = chapter.partition("_")[0] + "."
+    if not id.startswith(prefix): raise ValueError(f"id must start with '{prefix}', got {id!r}")
     if (redo_tol := _number("redo_tol", redo_tol)) < 0: raise ValueError(f"redo_tol must be >= 0, got {redo_tol}")
     verdict(paper, None, tol, better)
     return dict(statement=statement, source=source, paper=_number("paper", paper), tol=_number("tol", tol),

@@ -7,7 +7,7 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fairbook import fair_dual
@@ -178,6 +178,7 @@ def test_price(tau):
 
 @given(problems, criteria)
 @settings(max_examples=10)
+@example((2, 3, 3, 5., 338196), "eo")                      # Newton's method creeps
 def test_risk_falls_with_xi(problem, which):
     J = random_joint(*problem)
     path = solve_dual_path(J, unbound(which, *J.shape[1:]), [0., .01, .1, .5])
@@ -224,6 +225,33 @@ def test_quadratic_model(n, seed):
     A, c, xi, v = rng.normal(size=(2 * n, n)), rng.normal(size=n), rng.uniform(0, 1, n), cp.Variable(n)
     cp.Problem(cp.Minimize(cp.sum_squares(A @ v) / 2 + c @ v + xi @ cp.abs(v))).solve("CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
     assert abs(fair_dual._l1_quadratic(A.T @ A, c, xi, rng.normal(size=n)) - v.value).max() < 1e-6
+
+
+# --- exact equality: the equations of the program are dependent
+
+@pytest.mark.parametrize("convention", ["population", "pairwise"])
+@pytest.mark.parametrize("which, scale", [("eo", 2), ("eo", 6), ("eop", 6), ("dp", 8), (["dp", "eo"], 4)], ids=str)
+def test_program_with_posteriors_near_zero(which, scale, convention):
+    "HiGHS calls some of these infeasible, although any constant decision is feasible, if it gets all K equations."
+    for n, seed in (500, 0), (1000, 1), (2000, 2):
+        gen = torch.Generator().manual_seed(seed)
+        J = (scale * torch.randn(n, 3, dtype=F64, generator=gen) @ torch.randn(3, 4, dtype=F64, generator=gen)).softmax(1).reshape(n, 2, 2)
+        S = fairness_constraints(which, J, convention=convention)
+        exact, dual = solve_lp(J, S, 0.), solve_dual(J, S, 0., tau=1e-4)
+        assert exact.violation < 1e-9 and -1e-6 < dual.risk - exact.risk <= dual.gap + 1e-6 and (exact.h >= 0).all()
+        assert abs(float(1 - fair_scores(J, exact.lam, S).amax(1).mean()) - exact.risk) < 1e-7          # its multipliers prove it
+        mixed = torch.where(torch.arange(len(S)) % 2 == 0, 0., .01).to(F64)                              # some equal, some bounded
+        assert abs(solve_lp(J, S, mixed).risk - solve_dual(J, S, mixed, tau=1e-4).risk) < 2e-5
+
+
+def test_which_equations_are_needed():
+    J, w = crowd(50, 3, 3), np.full(50, 1 / 50)
+    S = unbound(["dp", "eo"])
+    needed = lambda S, xi: fair_dual._independent(J.flatten(1).numpy(), S.coefficients().numpy(), w, xi)
+    own, other = S.bind(J.mean(0)), S.bind(crowd(50, 3, 3, 1).mean(0))
+    assert needed(own, np.zeros(36)).sum() == own.rank() == 16 and needed(own, np.full(36, .1)).all()
+    assert needed(other, np.zeros(36)).sum() > other.rank()                                              # equations that contradict each other are kept
+    with pytest.raises(ValueError, match="no rule meets"): solve_lp(J, other, 0.)
 
 
 # --- somebody else's solver

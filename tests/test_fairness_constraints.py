@@ -117,6 +117,17 @@ def test_ranks(g, m, convention):
     assert both.rank(mass) <= ranks[0] + ranks[2] and both.bind(mass).rank() == both.rank(mass)
 
 
+@pytest.mark.parametrize("convention", ["population", "pairwise"])
+@pytest.mark.parametrize("g, m", [(2, 2), (3, 3), (2, 5), (5, 3), (4, 6)])
+def test_rank_without_masses_is_that_of_most_masses(g, m, convention):
+    "Parity follows from equalized odds where group and class are independent; otherwise it adds min(g - 1, m - 1) (m - 1) constraints."
+    both = fairness_constraints(["dp", "eo"], n_groups=g, n_classes=m, convention=convention)
+    odds = (g - 1) * m * (m - 1)
+    mass = torch.from_numpy(np.random.default_rng(7).dirichlet(np.ones(g * m)).reshape(g, m))
+    assert both.rank() == both.rank(mass) == odds + min(g - 1, m - 1) * (m - 1)
+    assert both.rank(mass.sum(1, keepdim=True) * mass.sum(0)) == odds
+
+
 def test_paper_matrices():
     law = make_finite_law()
     w, pi, joint_mass = law.probability.sum((0, 2)), law.probability.sum((0, 1)), law.probability.sum(0)

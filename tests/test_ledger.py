@@ -131,6 +131,21 @@ def test_reading_never_writes_and_never_runs_the_long_setting(tmp_path):
     assert calls == [2] and (tmp_path / "ch98.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_second_page_has_its_own_file_and_the_chapters_prefix(tmp_path):
+    for page, n in (("ch98", 3), ("ch98_more", 4)):
+        book = Ledger(page, tmp_path, record="all")
+        book.claim(f"ch98.square-{n}", "n squared.", source="toy", paper=n**2, ours=square, setting=dict(n=n), tol=0)
+        book.save()
+        with pytest.raises(ValueError, match="id must start with 'ch98.'"): book.claim(f"{page}x.a", "a", source="toy", paper=1, ours=1, tol=0)
+    assert [r.id for r in load_results(tmp_path)] == ["ch98.square-3", "ch98.square-4"] and (tmp_path / "ch98_more.json").exists()
+    assert set(scoreboard(tmp_path).chapter) == {"ch98"} and len(Ledger("ch98", tmp_path, record="").stored) == 1
+
+
+def test_no_id_is_used_on_two_pages():
+    ids = [r.id for r in load_results()]
+    assert len(ids) == len(set(ids)) > 100
+
+
 @pytest.mark.parametrize("change, word", [
     (dict(statement="A cube."), "statement"), (dict(paper=8.0), "paper"), (dict(tol=0.6), "tol"), (dict(better="lower"), "better"),
     (dict(setting=dict(n=4)), "setting"), (dict(cheap=dict(n=1)), "cheap"), (dict(cheap=None), "cheap"), (dict(data={"a": "1"}), "data"),
