@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['MulticlassData', 'make_multiclass', 'load_dutch_education', 'load_acs_education', 'load_enem', 'load_acs_quintiles',
-           'celeba_four_class', 'is_available']
+           'celeba_four_class', 'train_pairs', 'predict_pairs', 'is_available']
 
-# %% ../nbs/lib_multiclass_data.ipynb #cc4dc870
+# %% ../nbs/lib_multiclass_data.ipynb #f5f0172e
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import trange
 
 from .data import Dataset, _either, _known_levels, _own_table, load_acs_income, load_dutch
 from .data import is_available as _is_available
@@ -244,6 +248,60 @@ def celeba_four_class(
     faces.group_names = ["Male=0", "Male=1"]
     faces.class_names = [f"Smiling={s}, Big_Nose={b}" for s in (0, 1) for b in (0, 1)]
     return faces
+
+# %% ../nbs/lib_multiclass_data.ipynb #a56764f4
+def _pairs(module, x, a, y, n_classes):
+    "Logits of a batch, and the pair of each item; raises `ValueError` if the two do not fit."
+    device = next(module.parameters()).device
+    logits, pair = module(x.to(device)), (a * n_classes + y).to(device)
+    if logits.ndim != 2 or logits.shape[1] % n_classes: raise ValueError(f"`module` must give logits [b, groups * {n_classes}], got {list(logits.shape)}; end it with a linear layer of that width")
+    if y.max() >= n_classes or pair.max() >= logits.shape[1]: raise ValueError(f"an item has class {int(y.max())} and group {int(a.max())}, but `module` has room for {logits.shape[1] // n_classes} groups of {n_classes} classes")
+    if not logits.isfinite().all(): raise ValueError("`module` gives logits that are not finite: lower `learning_rate`, and look at the pictures")
+    return logits, pair
+
+# %% ../nbs/lib_multiclass_data.ipynb #0d3108aa
+def train_pairs(
+    module: nn.Module,             # pictures [b, 3, size, size] to logits [b, g m], pair = group * m + class; trained in place, on its device
+    data: Any,                     # items (picture, class, group), as those of `celeba_four_class`
+    n_classes: int,                # m
+    *, epochs: int = 12, batch_size: int = 128, learning_rate: float = 1e-3,   # of AdamW
+    seed: int = 0,                 # order of the items
+    num_workers: int = 0,          # processes that read pictures
+    progress: bool = False,        # a bar over the epochs
+) -> list[float]:                  # mean loss of each epoch
+    """Trains a network for the joint posterior of (group, class) by cross-entropy on pairs. Raises `ValueError` for logits that do not fit or are not finite.
+
+    Example: `from fairbook.faces import make_tiny_faces; len(train_pairs(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), celeba_four_class(make_tiny_faces("toy"), size=16), 4, epochs=2))` gives `2`."""
+    _at_least(1, epochs=epochs, batch_size=batch_size)
+    loader = DataLoader(data, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed), num_workers=num_workers)
+    optimizer, means = torch.optim.AdamW(module.parameters(), lr=learning_rate), []
+    module.train()
+    for _ in trange(epochs, disable=not progress):
+        losses = []
+        for x, y, a in loader:
+            loss = F.cross_entropy(*_pairs(module, x, a, y, n_classes))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item() * len(x))
+        means.append(sum(losses) / len(data))
+    return means
+
+# %% ../nbs/lib_multiclass_data.ipynb #921b025a
+@torch.no_grad()
+def predict_pairs(
+    module: nn.Module,             # as in `train_pairs`
+    data: Any,                     # items (picture, class, group)
+    n_classes: int,                # m
+    *, batch_size: int = 256, num_workers: int = 0,
+) -> tuple[Float[Tensor, "n g m"], Tensor, Tensor]:  # P(A=a, Y=y | picture) in float64, classes [n], groups [n]
+    """Joint posterior of every picture, with its class and group, on the CPU. Raises as `train_pairs`.
+
+    Example: `from fairbook.faces import make_tiny_faces; predict_pairs(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), celeba_four_class(make_tiny_faces("toy"), "test", 16), 4)[0].shape` gives `(48, 2, 4)`."""
+    module.eval()
+    parts = [(_pairs(module, x, a, y, n_classes)[0].double().softmax(1).cpu(), y, a) for x, y, a in DataLoader(data, batch_size, num_workers=num_workers)]
+    joint, y, a = map(torch.cat, zip(*parts))
+    return joint.reshape(len(y), -1, n_classes), y, a
 
 # %% ../nbs/lib_multiclass_data.ipynb #0d11be59
 _PARENT, _OWN = {"dutch_education": "dutch", "acs_education": "acs_income"}, ("enem", "acs_quintiles")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fairbook import data, multiclass_data
 from fairbook.faces import CelebA, make_tiny_faces
 from fairbook.multiclass_data import (MulticlassData, celeba_four_class, is_available, load_acs_education, load_acs_quintiles,
-                                      load_dutch_education, load_enem, make_multiclass)
+                                      load_dutch_education, load_enem, make_multiclass, predict_pairs, train_pairs)
 
 # ---------------------------------------------------------------- the generated law
 
@@ -305,3 +305,26 @@ def test_own_files_are_never_at_hand(name): assert not is_available(name)
 
 @pytest.mark.parametrize("name", ["", "education", "dutch_educaton"])
 def test_unknown_names(name): pytest.raises(ValueError, is_available, name).match("no data set")
+
+
+# --- a network of pairs
+
+def tiny(width): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, width))
+
+
+def test_pairs_are_trained_reproducibly_and_read_in_order(celeba):
+    data, nets, losses = celeba_four_class(celeba, "train", 16), [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(tiny(8))
+        losses.append(train_pairs(nets[-1], data, 4, epochs=3, batch_size=32))
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    joint, y, a = predict_pairs(nets[0], data, 4, batch_size=7)
+    assert joint.shape == (len(data), 2, 4) and torch.allclose(joint.sum((1, 2)), torch.ones(len(data)).double()) and torch.equal(y, data.labels) and torch.equal(a, data.groups)
+    x = torch.stack([data[k][0] for k in range(5)])
+    assert torch.allclose(joint[:5].flatten(1), nets[0](x).double().softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("width, n_classes, options, words", [(9, 4, {}, "logits"), (4, 4, {}, "room for 1 groups"), (8, 2, {}, "class 3"), (8, 4, dict(epochs=0), "epochs"), (8, 4, dict(batch_size=0), "batch_size"), (8, 4, dict(learning_rate=1e30), "not finite")])
+def test_pairs_reject(celeba, width, n_classes, options, words):
+    with pytest.raises(ValueError, match=words): train_pairs(tiny(width), celeba_four_class(celeba, "train", 16), n_classes, **dict(epochs=2, batch_size=16) | options)
