@@ -56,43 +56,45 @@ def judge_rule(
     largest = [D.abs().max().item() if len(D) else 0. for D in (constraint_values(seen, h, r) for r in rules)]
     return Judgement((seen.sum(1) * h).sum(1).mean().item(), *largest)
 
-# %% ../nbs/lib_fair_evaluation.ipynb #14d78032
+# %% ../nbs/lib_fair_evaluation.ipynb #96f02989
 def mean_interval(
     x: Float[np.ndarray, "k"],   # values, one for each split, k >= 2
     level: float = .95,          # confidence, between 0 and 1
+    overlap: float = 0.,         # test rows / training rows of random splits of one sample; 0: independent values
 ) -> tuple[float, float]:        # mean, half the width of its interval
-    """Mean and half-width of Student's interval for it. Raises `ValueError` for fewer than two values or a level out of range.
+    """Mean and half-width of Student's interval for it, with the correction of Nadeau and Bengio (2003) for overlapping splits. Raises `ValueError` for fewer than two
+    values, a level out of range or overlap < 0.
 
     Example: `mean_interval(np.array([1., 2., 3.]))` gives `(2.0, 2.4841377117503335)`."""
     if len(x) < 2: raise ValueError(f"x: an interval needs at least two values, got {len(x)}")
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
-    return float(x.mean()), float(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x)**.5)
+    if overlap < 0: raise ValueError(f"overlap must be >= 0, got {overlap}")
+    return float(x.mean()), float(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) * (1 / len(x) + overlap)**.5)
 
-# %% ../nbs/lib_fair_evaluation.ipynb #c59e8474
+# %% ../nbs/lib_fair_evaluation.ipynb #51bea922
 def violation_by_chance(
     joint: Float[Tensor, "n g m"],      # the posterior P(A=a, Y=y | x) that is taken to be exact
     h: Float[Tensor, "n m"],            # the rule
     criteria: Any,                      # as in `fairness_constraints`
     draws: int = 20,                    # how often groups and classes are drawn, >= 1
     seed: int = 0,
-) -> float:
-    """Mean over `draws` of the largest difference from everybody, if groups and classes are drawn from `joint`. O(draws n g m^2). Raises `ValueError` if draws < 1.
+) -> Float[np.ndarray, "draws"]:
+    """Largest differences from everybody, if groups and classes are drawn from `joint`, draw by draw: take a mean, or a quantile. O(draws n g m^2). Raises `ValueError` if draws < 1.
 
-    Example: `violation_by_chance(torch.full((10_000, 2, 2), .25), torch.full((10_000, 2), .5), "dp") < 1e-12` gives `True`."""
+    Example: `violation_by_chance(torch.full((10_000, 2, 2), .25), torch.full((10_000, 2), .5), "dp").max() < 1e-12` gives `True`."""
     if draws < 1: raise ValueError(f"draws must be at least 1, got {draws}")
     g, m = joint.shape[1:]
     pairs = torch.multinomial(joint.flatten(1), draws, replacement=True, generator=torch.Generator(joint.device).manual_seed(seed))
-    return float(np.mean([judge_rule(h, pair % m, pair // m, criteria, g, m).from_everybody for pair in pairs.T]))
+    return np.array([judge_rule(h, pair % m, pair // m, criteria, g, m).from_everybody for pair in pairs.T])
 
-# %% ../nbs/lib_fair_evaluation.ipynb #9954b5e5
+# %% ../nbs/lib_fair_evaluation.ipynb #3ca29aec
 def read_frontier(
     violations: Float[np.ndarray, "k"],  # violations of a method's rules, in any order
     accuracies: Float[np.ndarray, "k"],  # their accuracies
     at: float,                           # the violation at which to read
 ) -> float:                              # the accuracy that the method has there
-    """Accuracy of a method at a violation, on the line between its two neighbouring rules; beyond the largest, that of the last rule. Raises `ValueError` below the smallest violation.
+    """Accuracy that a method has at a violation or below it, on the line between neighbouring rules; outside their range, that of the outermost rule.
 
     Example: `read_frontier(np.array([.1, .2]), np.array([.8, .9]), .15)` gives `0.8500000000000001`."""
     order = np.argsort(violations)
-    if at < violations[order[0]]: raise ValueError(f"at={at:g} lies below the smallest violation, {violations[order[0]]:g}: run the method with a tighter bound")
-    return float(np.interp(at, violations[order], accuracies[order]))
+    return float(np.interp(at, violations[order], np.maximum.accumulate(accuracies[order])))
