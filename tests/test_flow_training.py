@@ -1,14 +1,12 @@
 "Fitting flows: the same run however often it is killed, and files that cannot be mistaken."
-import hashlib
 import math
-import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from fairbook import flow_training
-from fairbook.flow_training import _half, _order, fit_flow, load_flow, load_tensors, save_flow, save_tensors
+from fairbook.flow_training import _half, _order, fit_flow, load_flow, save_flow, save_tensors
 from fairbook.flows import Glow, VectorFlow
 
 ROWS = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1., 2., .5]) + 1
@@ -84,26 +82,12 @@ def test_half_precision_is_in_the_couplings_only_and_goes_away():
     assert math.isfinite(fit_flow(flow, ROWS, epochs=2, bf16=True).losses[-1])
 
 
-def test_files(tmp_path):
+def test_a_flow_comes_back(tmp_path):
     flow = vector()
     path = save_flow(flow, tmp_path / "new" / "flow.safetensors")
-    assert (tmp_path / "new" / "flow.safetensors.sha256").read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  flow.safetensors\n"
-    assert same(load_flow(VectorFlow(3, 2, 8), path), flow) and not list(tmp_path.rglob("*.part"))
-    good = path.read_bytes()
-    path.write_bytes(good[:-1])
-    with pytest.raises(ValueError, match="cut short or changed"): load_flow(flow, path)
-    path.with_name("flow.safetensors.sha256").unlink()
-    with pytest.raises(FileNotFoundError, match="sha256 is missing"): load_flow(flow, path)
-    with pytest.raises(FileNotFoundError, match="does not exist"): load_flow(flow, tmp_path / "no.safetensors")
-
-
-def test_a_pickle_is_not_read(tmp_path):
-    class Bomb:
-        def __reduce__(self): return pytest.fail, ("the pickle was opened",)
-    path = tmp_path / "model.pt"
-    path.write_bytes(data := pickle.dumps(Bomb()))
-    path.with_name("model.pt.sha256").write_text(hashlib.sha256(data).hexdigest())
-    with pytest.raises(ValueError, match="pickles .* are not read"): load_tensors(path)
+    assert same(load_flow(VectorFlow(3, 2, 8), path), flow)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged"): load_flow(flow, path)
 
 
 @pytest.mark.parametrize("other, words", [(lambda: VectorFlow(3, 3, 8), "missing"), (lambda: VectorFlow(3, 1, 8), "unknown"), (lambda: VectorFlow(3, 2, 16), "in the file")])
