@@ -79,11 +79,11 @@ def _parse(data, name):
     except SafetensorError as e: raise ValueError(f"{name} is not a safetensors file ({e}); use files written by `save_tensors`") from None
     return tensors, json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
 
-# %% ../nbs/lib_tensor_files.ipynb #989efdba
+# %% ../nbs/lib_tensor_files.ipynb #fecfb39f
 def load_tensors(
     path: str | Path,   # file of `save_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, on the CPU, and metadata. Raises as `read_checked`, and `ValueError` for another kind of file.
 
-    Example: `load_tensors(save_tensors({"a": torch.zeros(2)}, "toy.safetensors", {"of": "nothing"}))` gives `({'a': [0., 0.]}, {'of': 'nothing'})`."""
+    Example: `load_tensors(save_tensors({"a": torch.zeros(2)}, "toy.safetensors", {"of": "nothing"}))[1]` gives `{'of': 'nothing'}`."""
     return _parse(read_checked(path), Path(path).name)
