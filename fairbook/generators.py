@@ -6,7 +6,7 @@
 __all__ = ['psnr', 'ImageGenerator', 'PCAGenerator', 'ConvAutoencoder', 'save_generator', 'load_generator', 'from_diffusers',
            'from_diffae']
 
-# %% ../nbs/lib_generators.ipynb #708629ca
+# %% ../nbs/lib_generators.ipynb #d1e54b4f
 import json
 import math
 import warnings
@@ -17,16 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as _load_tensors
-from safetensors.torch import save as _save_tensors
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .projection import ConvergenceWarning
-from .tensor_files import read_checked, write_checked
+from .tensor_files import load_tensors, save_tensors
 
 # %% ../nbs/lib_generators.ipynb #945970e2
 def psnr(
@@ -268,18 +265,17 @@ def fit(self: ConvAutoencoder, images: Float[Tensor, "n c h w"]) -> ConvAutoenco
 _TENSORS = {"PCAGenerator": ("mean_", "components_", "explained_variance_", "scale_"), "ConvAutoencoder": ("mean_", "latent_mean_", "latent_std_")}
 _NETS = "encoder_", "decoder_"
 
-# %% ../nbs/lib_generators.ipynb #e6867b22
-def _bytes(generator, kind):
-    "A fitted generator as safetensors."
+# %% ../nbs/lib_generators.ipynb #b572fc4e
+def _state(generator, kind):
+    "A fitted generator as tensors and metadata."
     meta = {"kind": kind, "image_shape": generator.image_shape, "params": {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in generator.get_params().items()}}
     state = {name: getattr(generator, name) for name in _TENSORS[kind]}
     state |= {f"{net}.{k}": v for net in _NETS if hasattr(generator, net) for k, v in getattr(generator, net).state_dict().items()}
-    return _save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, {"fairbook": json.dumps(meta)})
+    return state, {"fairbook": json.dumps(meta)}
 
-def _rebuilt(data, device):
-    "The generator in these bytes."
-    state = {k: v.to(device) for k, v in _load_tensors(data).items()}
-    meta = json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["fairbook"])
+def _rebuilt(state, metadata, device):
+    "The generator in these tensors."
+    state, meta = {k: v.to(device) for k, v in state.items()}, json.loads(metadata["fairbook"])
     kind, params = {c.__name__: c for c in (PCAGenerator, ConvAutoencoder)}[meta["kind"]], meta["params"]
     if params.get("dtype"): params["dtype"] = {str(t): t for t in (torch.float32, torch.float64)}[params["dtype"]]
     generator = kind(**params | ({"device": device} if "device" in params else {}))
@@ -291,7 +287,7 @@ def _rebuilt(data, device):
     generator.image_shape_ = tuple(meta["image_shape"])
     return generator
 
-# %% ../nbs/lib_generators.ipynb #9035939d
+# %% ../nbs/lib_generators.ipynb #a02a9d0d
 def save_generator(
     generator: "PCAGenerator | ConvAutoencoder",   # a fitted one
     path: str | Path,                              # file to write, by custom *.safetensors; its sum goes to <path>.sha256
@@ -300,9 +296,10 @@ def save_generator(
 
     Example: `save_generator(PCAGenerator(2).fit(torch.rand(9, 1, 4, 4)), "pca.safetensors").name` gives `'pca.safetensors'`."""
     if (kind := type(generator).__name__) not in _TENSORS: raise ValueError(f"generator must be one of {list(_TENSORS)}, got {kind}; adapters wrap a model that has its own files")
-    return write_checked(_bytes(generator, kind), path)
+    state, metadata = _state(generator, kind)
+    return save_tensors(state, path, metadata)
 
-# %% ../nbs/lib_generators.ipynb #b25eee3b
+# %% ../nbs/lib_generators.ipynb #4581d574
 def load_generator(
     path: str | Path,                              # as written by `save_generator`, with its .sha256 beside it
     device: str | torch.device | None = None,      # where to put it; None: the CPU
@@ -310,9 +307,9 @@ def load_generator(
     """A generator that was kept by `save_generator`, ready for use. Raises `ValueError` for a pickle, a missing or wrong sha256 sum and a file of another kind, `FileNotFoundError` for none. O(size).
 
     Example: `load_generator(save_generator(PCAGenerator(2).fit(torch.rand(9, 1, 4, 4)), "pca.safetensors")).dim` gives `2`."""
-    data = read_checked(path)
-    try: return _rebuilt(data, device or "cpu")
-    except (KeyError, TypeError, RuntimeError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    state, metadata = load_tensors(path)
+    try: return _rebuilt(state, metadata, device or "cpu")
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{Path(path).name} is no generator of this library ({type(error).__name__}: {error}); use files written by save_generator") from error
 
 # %% ../nbs/lib_generators.ipynb #5d2ad976

@@ -1,6 +1,5 @@
 """Generators: one contract for all, principal components against scikit-learn and Eckart-Young, an autoencoder that is frozen and reproducible, files that are checked before they are opened, and adapters against stand-ins with the interfaces of the real models."""
 import copy
-import hashlib
 import json
 import math
 import pickle
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save as save_tensors
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
@@ -20,6 +18,7 @@ from torch import nn
 from fairbook import generators
 from fairbook.generators import ConvAutoencoder, ImageGenerator, PCAGenerator, from_diffae, from_diffusers, load_generator, psnr, save_generator
 from fairbook.projection import ConvergenceWarning
+from fairbook.tensor_files import save_tensors
 from fairbook.toy_faces import make_faces, read_faces
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
@@ -319,43 +318,13 @@ def test_a_dtype_comes_back(dtype, tmp_path):
     assert back.dtype == dtype and back.encode(blocks()).dtype == dtype
 
 
-def test_the_sidecar_is_what_sha256sum_writes(tmp_path):
+def test_what_is_damaged_or_no_generator_is_not_loaded(tmp_path):
+    "What a file of tensors refuses is tested with it."
     path = save_generator(PCAGenerator(2).fit(blocks()), tmp_path / "g.safetensors")
-    assert (tmp_path / "g.safetensors.sha256").read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  g.safetensors\n"
-
-
-@pytest.mark.parametrize("where", [0, 9, 500, -1])
-def test_one_wrong_bit(where, tmp_path):
-    path = save_generator(PCAGenerator(2).fit(blocks()), tmp_path / "g.safetensors")
-    data = bytearray(path.read_bytes())
-    data[where] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged"): load_generator(path)
-
-
-class Bomb:
-    def __reduce__(self): return (pytest.fail, ("the pickle was opened",))
-
-
-@pytest.mark.parametrize("write", [lambda p: p.write_bytes(pickle.dumps(Bomb())), lambda p: torch.save({"x": Bomb()}, p), lambda p: torch.save({"x": Bomb()}, p, _use_new_zipfile_serialization=False)], ids=["pickle", "torch", "old torch"])
-def test_a_pickle_is_not_opened_even_with_the_right_sum(write, tmp_path):
-    path = tmp_path / "g.safetensors"
-    write(path)
-    path.with_name("g.safetensors.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(ValueError, match="pickle"): load_generator(path)
-
-
-def test_no_sum_no_file_and_other_files(tmp_path):
-    path = save_generator(PCAGenerator(2).fit(blocks()), tmp_path / "g.safetensors")
-    (tmp_path / "g.safetensors.sha256").unlink()
-    with pytest.raises(ValueError, match="not beside"): load_generator(path)
-    (tmp_path / "g.safetensors.sha256").touch()
-    with pytest.raises(ValueError, match="says nothing"): load_generator(path)
-    with pytest.raises(FileNotFoundError): load_generator(tmp_path / "none")
-    for data in (b"", b"hello, this is no tensor file", save_tensors({"x": torch.ones(2)}), save_tensors({"x": torch.ones(2)}, {"fairbook": "{}"}), save_tensors({"x": torch.ones(2)}, {"fairbook": json.dumps({"kind": "PCAGenerator", "params": {"bad": 1}})}),
-                 save_tensors({"x": torch.ones(2)}, {"fairbook": json.dumps({"kind": "ConvAutoencoder", "params": {"dim": 2, "device": None}, "image_shape": [1, 8, 8]})})):
-        path.write_bytes(data)
-        path.with_name("g.safetensors.sha256").write_text(hashlib.sha256(data).hexdigest())
+    for words in (None, "", "{}", json.dumps({"kind": "PCAGenerator", "params": {"bad": 1}}), json.dumps({"kind": "ConvAutoencoder", "params": {"dim": 2, "device": None}, "image_shape": [1, 8, 8]})):
+        save_tensors({"x": torch.ones(2)}, path, None if words is None else {"fairbook": words})
         with pytest.raises(ValueError, match="no generator"): load_generator(path)
 
 
