@@ -67,13 +67,18 @@ def headings(nb) -> list[tuple[str, str]]:
     return found
 
 
+def loaders(source) -> set[str]:
+    "Names of the data sets that a piece of code loads."
+    return set(re.findall(r"\bload_(\w+)\(", source))
+
+
 def missing_data(nb) -> list[str]:
     """Names of the data sets that the `needs-data` cells of this notebook load and whose files are not here.
     Where one is missing, none of these cells runs: they may use each other's results."""
     from fairbook import multiclass_data as data
 
     source = "\n".join(c.source for c in nb.cells if "needs-data" in tags(c))
-    return [name for name in sorted(set(re.findall(r"\bload_(\w+)\(", source))) if not data.is_available(name)]
+    return [name for name in sorted(loaders(source)) if not data.is_available(name)]
 
 
 def exported_names(cell) -> list[str]:

@@ -20,7 +20,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbdev.cli import nbdev_filter
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from pages import ROOT, directives, exported_names, headings, notebooks, read, sidebar, tags, without_directives
+from pages import ROOT, directives, exported_names, headings, loaders, notebooks, read, sidebar, tags, without_directives
 
 TOP = set("nbs fairbook tests benchmarks _quarto.yml settings.ini pyproject.toml constraints.txt Makefile README.md LICENSE CITATION.cff".split())
 BUILT = {"_docs", "_book", "_preview", "build", "dist"}
@@ -118,6 +118,13 @@ def check_outputs(path):
                 found.append(at(path, i, c) + "stores a path of this machine; print less")
             if o.get("name") == "stderr" and "nbval-ignore-output" not in tags(c): found.append(at(path, i, c) + "stores text from stderr; cure the warning and re-run")
     return found
+
+
+def check_data(path):
+    "Cells that need data say which, where `missing_data` looks: else they are run where the files are not."
+    needy = [(i, c) for i, c in enumerate(read(path).cells) if "needs-data" in tags(c)]
+    if not needy or any(loaders(c.source) for _, c in needy): return []
+    return [at(path, *needy[0]) + "is tagged needs-data, but no cell with this tag calls a `load_...()`, so nothing says which files are meant; load the data there, not inside another function"]
 
 
 def anchors(path) -> set[str]:

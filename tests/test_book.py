@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = pages.ROOT
 NOTEBOOKS = pages.notebooks()
 NAMES = [p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS]
-CHECKS = [rules.check_title, rules.check_lengths, rules.check_imports, rules.check_alt_text, rules.check_assertions, rules.check_outputs, rules.check_links]
+CHECKS = [rules.check_title, rules.check_lengths, rules.check_imports, rules.check_alt_text, rules.check_assertions, rules.check_outputs, rules.check_data, rules.check_links]
 
 
 def passes(found): assert not found, "\n" + "\n".join(found)
@@ -68,6 +68,7 @@ GOOD = [
     (rules.check_title, [TITLE]),
     (rules.check_lengths, [TITLE, *STEPS, py(CLASS)]),
     (rules.check_lengths, [TITLE, *STEPS, py("#| fig-alt: not counted\n\n" + "\n\n".join("abcde"))]),
+    (rules.check_data, [py("law = law_school_matching(data=load_law_school())", metadata={"tags": ["needs-data"]}), py("law.F", metadata={"tags": ["needs-data"]})]),
     (rules.check_imports, [py("import torch\nfrom torch import nn"), py("#| export\nimport torch\nx = 1"), py("%load_ext autoreload\nx = 1")]),
     (rules.check_alt_text, [py('#| fig-alt: "two bars: level"\n#| fig-cap: Two bars\nplt.show()', outputs=PNG), md("![bars](bars.png) and `![](code)`")]),
     (rules.check_alt_text, [py("#| fig-alt: bars that move\nHTML(anim.to_jshtml())")]),
@@ -107,6 +108,7 @@ BAD = [
     (rules.check_outputs, [py("1/0", outputs=ERROR)], "ValueError"),
     (rules.check_outputs, [py("warn()", outputs=STDERR)], "stderr"),
     (rules.check_outputs, [py("cry()", outputs=[{**STDERR[0], "name": "stdout", "text": "/usr/lib/site-packages/torch"}])], "path of this machine"),
+    (rules.check_data, [py("law = law_school_matching()", metadata={"tags": ["needs-data"]}), py("load_adult()")], "which files"),
     (rules.check_links, [md("[gone](gone.ipynb)")], "gone.ipynb"),
     (rules.check_links, [md("![picture](images/gone.png)")], "images/gone.png"),
     (rules.check_links, [md("## Two groups\n[x](#two-group)")], "near: two-groups"),
