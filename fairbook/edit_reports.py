@@ -17,7 +17,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['EditReport', 'report_edits']
 
-# %% ../nbs/lib_edit_reports.ipynb #0488762b
+# %% ../nbs/lib_edit_reports.ipynb #aae7e2e8
 @dataclass(frozen=True)
 class EditReport:
     """What edits do, in the eyes of readers that see E, as measured by `report_edits`.
@@ -30,14 +30,16 @@ class EditReport:
     n: int                     # edits
     min_effect: float = .5     # what the gate asks for: an effect of at least this much,
     max_effect: float = 2.     # at most this much,
-    max_drift: float = .5      # and a drift of at most this much
+    max_drift: float = .25     # a drift of at most this much,
+    min_flips: float = .6      # and at least this share of flips
     @property
     def acts(self) -> bool: return bool(self.effect >= self.min_effect)
     @property
     def problem(self) -> str:
         "What is wrong with the edits; empty if nothing is."
-        if not self.acts: return f"they do nothing, or not what they should: effect {self.effect:.2f}, at least {self.min_effect} is asked for"
-        if self.effect > self.max_effect: return f"they leave the data: effect {self.effect:.2f}, at most {self.max_effect} is allowed"
+        if abs(self.effect) > self.max_effect: return f"they leave the data: effect {self.effect:.2f}, between {self.min_effect} and {self.max_effect} is asked for"
+        if not self.acts: return f"they do nothing, or nobody can tell: effect {self.effect:.2f}, at least {self.min_effect} is asked for"
+        if self.flips < self.min_flips: return f"they do not arrive: flips {self.flips:.2f}, at least {self.min_flips} is asked for"
         return "" if self.drift <= self.max_drift else f"they drag something else along: drift {self.drift:.2f}, at most {self.max_drift} is allowed"
 
 # %% ../nbs/lib_edit_reports.ipynb #77ae9905
@@ -67,14 +69,15 @@ def _drift(reader, before, after, decided, to):
     C = C[C.isfinite().all(1)]
     return float(torch.stack(moves).max() / torch.cdist(C, C).max()) if len(C) > 1 else math.nan
 
-# %% ../nbs/lib_edit_reports.ipynb #9973ea4f
+# %% ../nbs/lib_edit_reports.ipynb #6f54ce76
 def _check_edits(before, after, decided, to, reader):
     "Raises `ValueError` for tensors that do not fit."
+    if not len(before): raise ValueError("before has no rows; a report needs some edits")
     if before.shape != after.shape or not len(before) == len(decided) == len(to): raise ValueError(f"before, after, decided and to must have the same rows, got {list(before.shape)}, {list(after.shape)}, {len(decided)}, {len(to)}")
     K = reader(before[:1]).shape[1]
     if not (0 <= min(decided.min(), to.min()) and max(decided.max(), to.max()) < K): raise ValueError(f"decided and to must be codes in 0 .. {K - 1}, as the reader has {K} logits; got {int(min(decided.min(), to.min()))} to {int(max(decided.max(), to.max()))}")
 
-# %% ../nbs/lib_edit_reports.ipynb #95c93ff4
+# %% ../nbs/lib_edit_reports.ipynb #202d9416
 def report_edits(
     before: Float[Tensor, "n d"],       # latents
     after: Float[Tensor, "n d"],        # the same rows, edited
@@ -82,7 +85,7 @@ def report_edits(
     to: Int[Tensor, "n"],               # class that the edit wants
     reader: Callable,                   # from latents to logits [n, K] of what is edited
     others: Any = (),                   # readers of what should stay, each to logits [n, K']
-    *, of: str = "label", **limits: float,   # name of what is edited; `min_effect`, `max_effect`, `max_drift` of the report
+    *, of: str = "label", **limits: float,   # name of what is edited; `min_effect`, `max_effect`, `max_drift`, `min_flips` of the report
 ) -> EditReport:
     """Effect and drift of edits in the eyes of readers. Ours. Raises `ValueError` for tensors that do not fit. O(n) readings.
 

@@ -45,13 +45,19 @@ def _cells(y, s):
     if poor: raise ValueError(f"every label needs at least 2 rows of every group, but too few for: {', '.join(poor)}. Collect such rows, or merge groups or labels (codes follow the sorted values)")
     return _Cells(codes, group, rows)
 
-# %% ../nbs/lib_latent_split.ipynb #fe7637b6
+# %% ../nbs/lib_latent_split.ipynb #5b582aad
+def _even_moments(X, cells):
+    "Mean and covariance of rows, each cell weighing the same however many members it has."
+    mean = torch.stack([X[r].mean(0) for r in cells.rows]).mean(0)
+    return mean, torch.stack([(c := X[r] - mean).T @ c / len(r) for r in cells.rows]).mean(0)
+
+# %% ../nbs/lib_latent_split.ipynb #32f8a896
 def _contrasts(X, cells):
-    "Bases of what labels (given the group) and groups (given the label) change in the means, and of each attribute alone; all cells count equally."
+    "What labels (given the group), groups (given the label) and each attribute alone change in the means, as columns; all cells count equally."
     M = torch.stack([X[r].mean(0) for r in cells.rows])
     K, G = int(cells.codes[:, 0].max()) + 1, int(cells.group.max()) + 1
     table = M.reshape(K, G, -1)                         # cells are sorted by label, then by group
-    S = _orthonormal((table - table.mean(1, keepdim=True)).reshape(K * G, -1).T)
+    S = (table - table.mean(1, keepdim=True)).reshape(K * G, -1).T
     B = (table.mean(1) - table.mean((0, 1))).T
     own = [torch.stack([M[cells.codes[:, c] == v].mean(0) for v in cells.codes[:, c].unique()]) for c in range(1, cells.codes.shape[1])]
     return B, S, [(A - A.mean(0)).T for A in own]
@@ -66,14 +72,15 @@ def _widths(D, K, n_label_dims, n_sensitive_dims, n_attributes):
     if min(label, *own) < 1 or label + sum(own) > D: raise ValueError(f"blocks of {label} (label) and {own} (attributes) dimensions do not fit into latents of {D}; each needs at least 1")
     return (label, *own, D - label - sum(own))
 
-# %% ../nbs/lib_latent_split.ipynb #08299fe7
+# %% ../nbs/lib_latent_split.ipynb #63837fcd
 def _rotation(X, cells, widths):
     "Orthogonal matrix whose columns are the new coordinates, block after block."
-    B, S, own = _contrasts(X, cells)
+    B, raw, own = _contrasts(X, cells)
+    S = _orthonormal(raw)
     D, K = X.shape[1], B.shape[1]
     if widths[0] + S.shape[1] > D: raise ValueError(f"the means of the groups differ in {S.shape[1]} directions, so at most {D - S.shape[1]} of {D} dimensions are left for the label; got {widths[0]}. Use longer latents, merge groups, or lower n_label_dims")
     label = _orthonormal(B, S)[:, :min(widths[0], K - 1)]
-    own = [S] if len(widths) == 3 else own
+    own = [raw] if len(widths) == 3 else own     # not S: its columns have forgotten their size
     bases = []
     for A in own: bases.append(_orthonormal(A, label, *bases))
     spare = torch.cat([_orthonormal(S, *bases), free := _orthonormal(torch.eye(D).to(X), label, S)], 1)
@@ -118,7 +125,7 @@ def _codes(values, n, name, device):
     codes, levels = zip(*(pd.factorize(table[c], sort=True) for c in table))
     return torch.tensor(np.stack(codes, 1), device=device), [np.asarray(v).tolist() for v in levels]
 
-# %% ../nbs/lib_latent_split.ipynb #93d6ce95
+# %% ../nbs/lib_latent_split.ipynb #8cd359d4
 def whitening_split(
     E: Float[Tensor, "n d"],                        # latents
     y: Any,                                         # labels [n]; any values
@@ -135,9 +142,9 @@ def whitening_split(
     (y, _), (s, _) = _codes(y, len(E), "y", E.device), _codes(sensitive_features, len(E), "sensitive_features", E.device)
     cells = _cells(y[:, 0], s)
     widths = _widths(E.shape[1], int(y.max()) + 1, n_label_dims, n_sensitive_dims, s.shape[1])
-    X = E.double()
-    value, vector = torch.linalg.eigh(torch.cov(X.T).reshape(E.shape[1], -1))
+    mean, C = _even_moments(E.double(), cells)
+    value, vector = torch.linalg.eigh(C)
     if value[0] <= 1e-12 * value[-1]: raise ValueError(f"E varies in only {int((value > 1e-12 * value[-1]).sum())} of {E.shape[1]} directions; reduce it first, by principal components for example")
     white = vector / value.sqrt()
-    R = _rotation((X - X.mean(0)) @ white, cells, widths)
-    return WhiteningSplit(X.mean(0), (white @ R).T.contiguous(), (vector * value.sqrt()) @ R, widths)
+    R = _rotation((E.double() - mean) @ white, cells, widths)
+    return WhiteningSplit(mean, (white @ R).T.contiguous(), (vector * value.sqrt()) @ R, widths)

@@ -188,7 +188,7 @@ def test_the_gate_refuses(fitted):
     model, E, _, _ = fitted
     from copy import copy
     spoiled = copy(model)
-    for report, word in ((EditReport("label", .1, 0., 0., 9), "do nothing"), (EditReport("label", 9., 0., 1., 9), "leave the data"), (EditReport("label", 1., .9, 1., 9), "drag")):
+    for report, word in ((EditReport("label", .1, 0., 0., 9), "do nothing"), (EditReport("label", 9., 0., 1., 9), "leave the data"), (EditReport("label", -9., 0., 1., 9), "leave the data"), (EditReport("label", 1., 0., .2, 9), "do not arrive"), (EditReport("label", 1., .9, 1., 9), "drag")):
         spoiled.gate_ = {**model.gate_, "label": report}
         with pytest.raises(UntrustedEdit, match=word): spoiled.counterfactual(E, 1)
         assert spoiled.counterfactual(E, 1, force=True).shape == E.shape
