@@ -6,11 +6,12 @@
 __all__ = ['VarianceLeak', 'variance_leak', 'ThresholdCertificate', 'threshold_certificate', 'ProbeResult', 'LeakAudit',
            'leak_audit']
 
-# %% ../nbs/lib_leak_audit.ipynb #22c55425
+# %% ../nbs/lib_leak_audit.ipynb #504211da
 import math
 import warnings
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -41,20 +42,20 @@ class VarianceLeak:
     y: Integer[Tensor, "n"]                 # label Y, 0 or 1
     bayes: float                            # best balanced accuracy for S at a given label, .5 to 1
 
-# %% ../nbs/lib_leak_audit.ipynb #eff31c25
+# %% ../nbs/lib_leak_audit.ipynb #31b1ac88
 def variance_leak(
-    n: int,                # rows, >= 1
+    n: Integral,           # rows, >= 1
     *, ratio: float = 3.,  # standard deviation in group 1 over that in group 0, > 0; 1 is a fair code
-    dim: int = 1,          # dimension of the code, >= 1
+    dim: Integral = 1,     # dimension of the code, >= 1
     agree: float = .8,     # P(S = Y), in (0, 1); .5 makes S and Y independent
-    seed: int = 0,         # same seed, same rows
+    seed: Integral = 0,    # same seed, same rows
 ) -> VarianceLeak:         # code, group, label, and the best balanced accuracy in closed form
     """A planted leak: `z = (4 Y - 2) e_1 + r^S noise`. Raises `ValueError` for arguments out of range. O(n d).
 
     Example: `variance_leak(10, ratio=1.).bayes` gives `.5`."""
-    if n < 1 or dim < 1 or not 0 < ratio < math.inf or not 0 < agree < 1:
-        raise ValueError(f"variance_leak needs n >= 1, dim >= 1, a finite ratio > 0 and agree in (0, 1), got {n=}, {dim=}, {ratio=}, {agree=}; change the one that is out of range")
-    gen = torch.Generator().manual_seed(seed)
+    if not all(isinstance(k, Integral) for k in (n, dim, seed)) or n < 1 or dim < 1 or not 0 < ratio < math.inf or not 0 < agree < 1:
+        raise ValueError(f"variance_leak needs whole numbers n >= 1, dim >= 1 and seed, a finite ratio > 0 and agree in (0, 1), got {n=}, {dim=}, {seed=}, {ratio=}, {agree=}; change the one that is out of range")
+    gen = torch.Generator().manual_seed(int(seed))
     y = torch.randint(2, (n,), generator=gen)
     s = torch.where(torch.rand(n, generator=gen) < agree, y, 1 - y)
     z = torch.randn(n, dim, generator=gen, dtype=torch.float64) * (ratio ** s.double())[:, None]
@@ -125,11 +126,11 @@ def _cdfs(z, groups, counts):
     last = torch.cat([z[1:] != z[:-1], torch.ones(1, dtype=torch.bool, device=z.device)])   # of each tie
     return hits[last] / counts
 
-# %% ../nbs/lib_leak_audit.ipynb #b42d329a
+# %% ../nbs/lib_leak_audit.ipynb #67d8b68a
 def _check_shares(**shares):
     "Numbers strictly between 0 and 1, or a `ValueError`."
     for name, x in shares.items():
-        if not 0 < x < 1: raise ValueError(f"`{name}` must lie strictly between 0 and 1, got {x}; 95 % is written .95")
+        if not isinstance(x, Real) or not 0 < x < 1: raise ValueError(f"`{name}` must lie strictly between 0 and 1, got {x!r}; 95 % is written .95")
 
 
 def _check_floats(name, x, shape, n=None):
@@ -138,42 +139,59 @@ def _check_floats(name, x, shape, n=None):
     if not x.is_floating_point() or x.ndim != shape.count(",") + 1 or 0 in x.shape or n not in (None, len(x)):
         raise ValueError(f"`{name}` must be floats of shape {shape}{'' if n is None else f' with n = {n}'}, got {x.dtype} of shape {list(x.shape)}; "
                          "a single coordinate is z[:, None] where columns are asked for, and z[:, 0] where they are not")
-    if not x.isfinite().all(): raise ValueError(f"`{name}` holds {int((~x.isfinite()).sum())} NaN or infinite values of {x.numel()}; drop those rows or mend the code that made them")
+    bad = int((~x.double().isfinite()).sum())                  # the smallest float types know no isfinite
+    if bad: raise ValueError(f"`{name}` holds {bad} NaN or infinite values of {x.numel()}; drop those rows or mend the code that made them")
 
-# %% ../nbs/lib_leak_audit.ipynb #45fa15de
+# %% ../nbs/lib_leak_audit.ipynb #0036a329
+def _check_whole(least, **numbers):
+    "Whole numbers, Python's or NumPy's, of at least `least`, or a `ValueError`."
+    for name, x in numbers.items():
+        if not isinstance(x, Integral) or isinstance(x, bool) or x < least: raise ValueError(f"`{name}` must be a whole number, {least} or more, got {x!r}; write it as int({name}) if it is one")
+
+
+def _codes(name, x, n, device, size=None):
+    "Codes as int64, and how many there are, all with rows; or a `ValueError`."
+    if size is not None: _check_whole(1, n_groups=size)
+    if isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex(): x = x.long()
+    x, size = _as_codes(name, x, size, n, device)
+    seen = x.unique()
+    if len(seen) == size: return x, size
+    raise ValueError(f"`{name}` must have rows of every code 0 .. {size - 1}, got {len(seen)} different codes, {seen[:8].tolist()}{' ...' if len(seen) > 8 else ''}; "
+                     f"re-index them with torch.as_tensor({name}).unique(return_inverse=True)[1], or add the rows that are missing")
+
+# %% ../nbs/lib_leak_audit.ipynb #0db247e4
 @dataclass(frozen=True)
 class ThresholdCertificate:
-    """An upper bound (L.5) for the gap of every threshold between every two groups at one label.
+    """An upper bound (L.6) for the largest gap of a threshold between two groups at one label, hence for all of them.
 
     Example: `threshold_certificate(torch.tensor([0., 1., 2., 3.]), torch.tensor([0, 0, 1, 1])).ks` gives `1.`."""
     ks: float                 # largest empirical gap of a threshold between two groups, 0 to 1
     slack: float              # what sampling may hide: `bound` before it is cut at 1, minus `ks`
-    bound: float              # with probability at least 1 - delta no threshold has a larger gap; at most 1
+    bound: float              # with probability at least 1 - delta no threshold has a larger gap between any two groups; at most 1
     counts: tuple[int, ...]   # rows of each group
     delta: float              # allowed probability of failure
 
-# %% ../nbs/lib_leak_audit.ipynb #720548c2
+# %% ../nbs/lib_leak_audit.ipynb #6ece25d7
 def threshold_certificate(
     z: Float[Tensor, "n"],             # one number for each row, all of one label; not used to train the code
     groups: Integer[Tensor, "n"],      # group of each row, codes 0..G-1
     *, delta: float = .05,             # allowed probability that the bound fails, in (0, 1)
-    n_groups: int | None = None,       # G, default `groups.max() + 1`; every group must have rows
-) -> ThresholdCertificate:             # the largest empirical gap and the bound (L.5)
-    """Bounds `|P(z > t | s) - P(z > t | s')|` for all t and all pairs of groups at once, with probability at least 1 - delta over the rows.
+    n_groups: Integral | None = None,  # G, default `groups.max() + 1`; every group must have rows
+) -> ThresholdCertificate:             # the largest empirical gap and the bound (L.6)
+    """Bounds the largest `|P(z > t | s) - P(z > t | s')|` over all t and all pairs of groups, with probability at least 1 - delta over the rows (Theorem 2).
 
-    Raises `ValueError` for values that are not finite, wrong shapes, fewer than two groups, a group without rows. O(n log n + n G^2), exact with ties.
+    Raises `ValueError` for values that are not finite, wrong shapes, fewer than two groups, a code without rows. O(n log n + n G^2), exact with ties.
 
-    Example: `threshold_certificate(torch.arange(2000.), torch.arange(2000) % 2).bound` gives `.0946`."""
+    Example: `threshold_certificate(torch.arange(2000.), torch.arange(2000) % 2).bound` gives `.0557`."""
     _check_floats("z", z, "[n]")
     _check_shares(delta=delta)
-    groups, G = _as_codes("groups", groups, n_groups, len(z), z.device)
-    counts = torch.bincount(groups, minlength=G).double()
-    if G < 2 or not counts.all():
-        raise ValueError(f"`groups` must hold at least two groups and rows of each, got {counts.long().tolist()} rows; re-index the codes to 0..G-1, or drop the empty group")
-    F, eps = _cdfs(z, groups, counts), (math.log(2 * G / delta) / (2 * counts)).sqrt().tolist()
+    groups, G = _codes("groups", groups, len(z), z.device, n_groups)
+    if G < 2: raise ValueError(f"`groups` must hold at least two groups, codes 0..G-1, got code 0 only, in {len(z)} rows; pass the rows of all groups at this label")
+    counts = torch.bincount(groups).double()
+    F, var = _cdfs(z.double(), groups, counts), (1 / counts).tolist()
     gaps = {(s, t): (F[:, s] - F[:, t]).abs().max().item() for s, t in combinations(range(G), 2)}
-    ks, bound = max(gaps.values()), max(gap + eps[s] + eps[t] for (s, t), gap in gaps.items())
-    return ThresholdCertificate(ks, bound - ks, min(1., bound), tuple(counts.long().tolist()), delta)
+    bound = max(gap + math.sqrt(-math.log(delta) / 2 * (var[s] + var[t])) for (s, t), gap in gaps.items())
+    return ThresholdCertificate(max(gaps.values()), bound - max(gaps.values()), min(1., bound), tuple(counts.long().tolist()), delta)
 
 # %% ../nbs/lib_leak_audit.ipynb #34bb7513
 @dataclass(frozen=True)
@@ -235,7 +253,7 @@ def __repr__(self: LeakAudit) -> str:
     t = "" if self.certificates is None else f", thresholds within {max(c.bound for c in self.certificates):.3f}"
     return f"LeakAudit(S given Y {r.accuracy:.3f} by {r.probe} at label {r.label}, chance {r.chance:.3f}, leaks={self.leaks}{y}{t})"
 
-# %% ../nbs/lib_leak_audit.ipynb #fa5191fc
+# %% ../nbs/lib_leak_audit.ipynb #96d7e467
 def _check_cells(s, y, G, K, test_size):
     "Enough rows of every (label, group) in both parts of the split, or a `ValueError`."
     count = np.bincount(y * G + s, minlength=K * G)
@@ -243,25 +261,26 @@ def _check_cells(s, y, G, K, test_size):
     c = np.minimum(tests, count - tests).argmin()
     if min(tests[c], count[c] - tests[c]) < _LEAST:
         raise ValueError(f"the cell (label {c // G}, group {c % G}) of `y` and `sensitive_features` has {count[c]} rows, {int(tests[c])} of them for the test; both parts "
-                         f"need {_LEAST}: add rows, merge labels or groups, re-index codes that do not occur, or choose `test_size` nearer to .5")
+                         f"need {_LEAST}: add rows, merge labels or groups, or choose `test_size` nearer to .5")
 
-# %% ../nbs/lib_leak_audit.ipynb #5600bae9
+# %% ../nbs/lib_leak_audit.ipynb #935bf47b
 def _check_codes(Z_y, s, y, Z_s):
     "Groups and labels as int64 arrays, and how many there are of each; or a `ValueError`."
     _check_floats("Z_y", Z_y, "[n, d]")
     if Z_s is not None: _check_floats("Z_s", Z_s, "[n, d2]", len(Z_y))
-    (s, G), (y, K) = (_as_codes(name, x, None, len(Z_y), "cpu") for name, x in (("sensitive_features", s), ("y", y)))
+    (s, G), (y, K) = (_codes(name, x, len(Z_y), "cpu") for name, x in (("sensitive_features", s), ("y", y)))
     if G < 2: raise ValueError("`sensitive_features` holds a single group, code 0; an audit compares at least two, codes 0..G-1")
     if K < 2 and Z_s is not None: raise ValueError("`Z_s` is read for the label, and `y` holds a single one, code 0; leave `Z_s` out, or audit rows of several labels")
     return s.numpy(), y.numpy(), G, K
 
-# %% ../nbs/lib_leak_audit.ipynb #c05767ad
+# %% ../nbs/lib_leak_audit.ipynb #5deef301
 def _check_settings(probes, max_train, cells, random_state):
     "Known probes, a workable cap and a seed, or a `ValueError`."
-    if isinstance(probes, str) or not len(probes) or not set(probes) <= set(_PROBES) or len(set(probes)) < len(probes):
+    if not isinstance(probes, (tuple, list)) or not probes or any(p not in tuple(_PROBES) for p in probes) or len(set(probes)) < len(probes):
         raise ValueError(f"`probes` must be different names out of {tuple(_PROBES)}, got {probes!r}; leave it out for all of them")
+    _check_whole(0, max_train=max_train, random_state=random_state)
     if max_train < _LEAST * cells: raise ValueError(f"`max_train` must be at least {_LEAST} for each of {cells} cells, got {max_train}; raise it to {_LEAST * cells} or more")
-    if random_state < 0: raise ValueError(f"`random_state` must be 0 or more, got {random_state}; it seeds a generator")
+    if random_state >= 2**32: raise ValueError(f"`random_state` must be below 2**32, got {random_state}; the probes take no larger seed")
 
 # %% ../nbs/lib_leak_audit.ipynb #1709c54d
 def _results(direction, labels, X, target, cells, test, probes, level, alpha, seed, max_train):
@@ -273,7 +292,7 @@ def _results(direction, labels, X, target, cells, test, probes, level, alpha, se
         found.append(ProbeResult(direction, probe, labels, a, low, high, 1 / classes, float(_joint_low(a, n, alpha)), tuple(n.tolist())))
     return found
 
-# %% ../nbs/lib_leak_audit.ipynb #a28fee32
+# %% ../nbs/lib_leak_audit.ipynb #0bc3cee4
 def leak_audit(
     Z_y: Float[Tensor, "n d"],                   # code that should know the label only; rows that trained neither it nor the map
     sensitive_features: Integer[Tensor, "n"],    # group S of each row, codes 0..G-1, G >= 2
@@ -283,22 +302,22 @@ def leak_audit(
     probes: tuple[str, ...] | list[str] = ("linear", "mlp", "trees"),   # which readers
     level: float = .95,                          # level of the intervals (each by itself) and of the verdict (all together)
     delta: float = .05,                          # allowed probability that a threshold certificate fails, in (0, 1)
-    simultaneous: bool = True,                   # certificates hold at all labels at once; False: each label by itself
-    random_state: int = 0,                       # seed of split and probes, >= 0
-    max_train: int = 20_000,                     # a probe is trained on at most so many rows, drawn at random, equally from its cells
+    simultaneous: bool = True,                   # certificates hold at all labels at once; False: each label by itself, and the largest for the largest gap
+    random_state: Integral = 0,                  # seed of split and probes, 0 to 2**32 - 1
+    max_train: Integral = 20_000,                # a probe is trained on at most so many rows, drawn at random, equally from its cells
 ) -> LeakAudit:                                  # `.leaks`, `.worst("S")`, `.table()`, `.certificates`
-    """Probes for S in `Z_y` at every label (L.1 to L.4), for Y in `Z_s`, and the threshold certificates (L.5) if `Z_y` has one column.
+    """Probes for S in `Z_y` at every label (L.1 to L.4), for Y in `Z_s`, and the threshold certificates (L.6) if `Z_y` has one column.
 
     Raises `ValueError` for values that are not finite, wrong shapes, a single group, a (label, group) with fewer than 10 rows in a part of the split,
-    unknown probes, shares out of (0, 1). Runs on the CPU. Cost: a training of each probe per label, O(max_train d) each, and a pass over the test rows.
+    codes with holes, unknown probes, shares out of (0, 1). Runs on the CPU, in float64 whatever the type of the codes. Cost: a training of each probe per label, O(max_train d) each, and a pass over the test rows.
 
     Example: `v = variance_leak(1000); leak_audit(v.z, v.sensitive_features, v.y, probes=("trees",)).leaks` gives `True`."""
     _check_shares(test_size=test_size, level=level, delta=delta)
     s, y, G, K = _check_codes(Z_y, sensitive_features, y, Z_s)
     _check_cells(s, y, G, K, test_size)
     _check_settings(probes, max_train, G if Z_s is None else G * K, random_state)
-    test, array = _test_rows(y * G + s, test_size, np.random.default_rng(random_state)), lambda x: x.detach().cpu().double().numpy()
-    X, alpha, how, found = array(Z_y), (1 - level) / len(probes), (random_state, max_train), []
+    test, array = _test_rows(y * G + s, test_size, np.random.default_rng(int(random_state))), lambda x: x.detach().cpu().double().numpy()
+    X, alpha, how, found = array(Z_y), (1 - level) / len(probes), (int(random_state), int(max_train)), []
     for k in range(K): found += _results("S", k, *(a[y == k] for a in (X, s, s, test)), probes, level, alpha / K, *how)
     if Z_s is not None: found += _results("Y", None, array(Z_s), y, y * G + s, test, probes, level, alpha, *how)
     certify = lambda k: threshold_certificate(torch.tensor(X[y == k, 0]), torch.tensor(s[y == k]), delta=delta / K if simultaneous else delta, n_groups=G)

@@ -45,11 +45,15 @@ def test_a_reader_of_others_that_sees_one_class_only_is_a_problem():
 def test_limits_are_the_callers():
     x = plane(torch.float64)
     assert report_edits(x, x * torch.tensor([-1., 1.]), Y, 1 - Y, read(0), max_effect=.9).problem
-    assert EditReport("label", 1., .2, 1., 5, max_drift=.1).problem.startswith("they drag")
+    assert EditReport("label", 1., .2, 1., 50, max_drift=.1).problem.startswith("they drag")
+
+
+def test_few_edits_are_no_evidence():
+    assert "19 rows only" in EditReport("label", 1., 0., 1., 19).problem and not EditReport("label", 1., 0., 1., 20).problem and not EditReport("label", 1., 0., 1., 5, min_edits=5).problem
 
 
 X = plane(torch.float64)
-BAD = [(dict(after=X[:5]), "must have the same rows"), (dict(to=Y[:5]), "must have the same rows"), (dict(decided=Y + 1), "codes in 0 .. 1"), (dict(to=Y - 1), "codes in 0 .. 1")]
+BAD = [(dict(after=X[:5]), "must have the same rows"), (dict(to=Y[:5]), "must have the same rows"), (dict(decided=Y + 1), "codes in 0 .. 1"), (dict(to=Y - 1), "codes in 0 .. 1"), (dict(min_effekt=.5), "no limit 'min_effekt'; it has min_effect, max_effect")]
 
 
 @pytest.mark.parametrize("change, complaint", BAD, ids=[c + str(i) for i, (_, c) in enumerate(BAD)])

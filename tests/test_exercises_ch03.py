@@ -89,28 +89,42 @@ def least_edit(z, weight, bias, cov, to, margin):
     return new
 
 
-def empirical(z, groups, k):
-    "Largest gap over unions of at most k intervals: starts from all runs of one sign, and merges or drops the cheapest until k are left."
+def best_union(w, k):
+    "Largest sum of w over unions of at most k runs, and which entries are in: starts from all runs of one sign, and merges or drops the cheapest until k are left."
+    runs = [[sum(x for _, x in part), [i for i, _ in part]] for part in (list(p) for _, p in itertools.groupby(enumerate(w), key=lambda p: p[1] > 0))]
+    while runs and runs[0][0] <= 0: runs.pop(0)
+    while runs and runs[-1][0] <= 0: runs.pop()
+    while sum(x > 0 for x, _ in runs) > k:
+        i = min(range(len(runs)), key=lambda i: abs(runs[i][0]))
+        if i == 0: runs = runs[2:]
+        elif i == len(runs) - 1: runs = runs[:-2]
+        else: runs[i - 1:i + 2] = [[sum(r[0] for r in runs[i - 1:i + 2]), sum((r[1] for r in runs[i - 1:i + 2]), [])]]
+    return sum(x for x, _ in runs if x > 0), [i for x, members in runs if x > 0 for i in members]
+
+
+def shares(z, groups, rows):
+    "Share of group 1 minus that of group 0 at every value, among `rows`."
     _, at = torch.unique(z, return_inverse=True)
-    share = [torch.bincount(at[groups == g], minlength=int(at.max()) + 1).double() / (groups == g).sum() for g in (0, 1)]
-    w, best = (share[1] - share[0]).tolist(), 0.
-    for sign in (1, -1):
-        runs = [sum(x for _, x in part) for _, part in itertools.groupby(((i, sign * x) for i, x in enumerate(w)), key=lambda p: p[1] > 0)]
-        while runs and runs[0] <= 0: runs.pop(0)
-        while runs and runs[-1] <= 0: runs.pop()
-        while sum(x > 0 for x in runs) > k:
-            i = min(range(len(runs)), key=lambda i: abs(runs[i]))
-            if i == 0: runs = runs[2:]
-            elif i == len(runs) - 1: runs = runs[:-2]
-            else: runs[i - 1:i + 2] = [sum(runs[i - 1:i + 2])]
-        best = max(best, sum(x for x in runs if x > 0))
-    return best
+    share = [torch.bincount(at[rows & (groups == g)], minlength=int(at.max()) + 1).double() / (rows & (groups == g)).sum() for g in (0, 1)]
+    return (share[1] - share[0]).tolist()
 
 
-def interval_certificate(z, groups, k, delta):
-    "With a slack for both signs."
-    n = torch.bincount(groups, minlength=2).double()
-    return min(1., empirical(z, groups, k) + math.sqrt(.5 * math.log(2 / delta) * (1 / n).sum().item()))
+def empirical(z, groups, k, rows=None):
+    "Largest gap over unions of at most k intervals in the sample, the union, and the sign of the gap."
+    w = shares(z, groups, torch.ones(len(z), dtype=torch.bool) if rows is None else rows)
+    return max((*best_union([sign * x for x in w], k), sign) for sign in (1, -1))
+
+
+def hoeffding(groups, delta): return math.sqrt(.5 * math.log(1 / delta) * (1 / torch.bincount(groups, minlength=2).double()).sum().item())
+def upper(z, groups, k, delta): return min(1., empirical(z, groups, k)[0] + hoeffding(groups, delta))
+
+
+def gap_bounds(z, groups, k, delta, train=1 / 3, share=.5):
+    "The union is chosen on a third of the rows, drawn at random."
+    first = torch.rand(len(z), generator=torch.Generator().manual_seed(len(z))) < train
+    _, union, sign = empirical(z, groups, k, first)
+    second = shares(z, groups, ~first)
+    return sign * sum(second[i] for i in union) - hoeffding(groups[~first], share * delta), upper(z, groups, k, delta / 2)
 
 
 def likeliest(mean, cov, c):
@@ -129,7 +143,7 @@ def likeliest(mean, cov, c):
     return x[:-1], x[-1], np.inf if fair else reach
 
 
-RIGHT = [("ch03.1", shortfall), ("ch03.2", free_rule), ("ch03.3", rows_needed), ("ch03.4", pull), ("ch03.5", mixer()), ("ch03.5", mixed_and_scaled), ("ch03.6", least_edit), ("ch03.7", interval_certificate),
+RIGHT = [("ch03.1", shortfall), ("ch03.2", free_rule), ("ch03.3", rows_needed), ("ch03.4", pull), ("ch03.5", mixer()), ("ch03.5", mixed_and_scaled), ("ch03.6", least_edit), ("ch03.7", gap_bounds),
          ("ch03.8", likeliest)]
 
 
@@ -245,13 +259,14 @@ WRONG = {
     ],
     "ch03.3": [
         (lambda slack, n_small, n_labels, delta: rows_needed(slack, n_small, 1, delta), "the slack is"),                   # each label by itself
-        (lambda slack, n_small, n_labels, delta: rows_needed(slack, n_small, n_labels, 2 * delta), "the slack is"),        # ln(2 / delta)
+        (lambda slack, n_small, n_labels, delta: rows_needed(slack, n_small, n_labels, 2 * delta), "the slack is"),        # ln(K / 2 delta)
         (lambda slack, n_small, n_labels, delta: rows_needed(slack, n_small, n_labels, delta / 2), "fewer are enough"),
-        (lambda slack, n_small, n_labels, delta: math.ceil(2 * math.log(4 * n_labels / delta) / slack**2), "the slack is"),  # equal groups
-        (lambda slack, n_small, n_labels, delta: math.ceil(math.log(4 * n_labels / delta) / (2 * (slack - math.sqrt(math.log(4 * n_labels / delta) / (2 * n_small)))**2)), "no number of other rows"),
+        (lambda slack, n_small, n_labels, delta: math.ceil(math.log(n_labels / delta) / slack**2), "the slack is"),          # equal groups
+        (lambda slack, n_small, n_labels, delta: math.inf if (left := slack - math.sqrt(math.log(4 * n_labels / delta) / (2 * n_small))) <= 0 else math.ceil(math.log(4 * n_labels / delta) / (2 * left**2)), "comes as near"),  # bands
+        (lambda slack, n_small, n_labels, delta: math.ceil(1 / abs(2 * slack**2 / math.log(n_labels / delta) - 1 / n_small)), "no number of them"),
         (lambda slack, n_small, n_labels, delta: math.inf if (n := rows_needed(slack, n_small, n_labels, delta)) == math.inf else n - 1, "the slack is"),
         (lambda slack, n_small, n_labels, delta: math.inf if (n := rows_needed(slack, n_small, n_labels, delta)) == math.inf else n - .5, "whole number"),
-        (lambda slack, n_small, n_labels, delta: math.inf, "is only"),
+        (lambda slack, n_small, n_labels, delta: math.inf, "comes as near"),
         (lambda slack, n_small, n_labels, delta: 10**9, "fewer are enough"),
     ],
     "ch03.4": [
@@ -294,15 +309,21 @@ WRONG = {
         (lambda z, weight, *_: weight, "got shape"),
     ],
     "ch03.7": [
-        (lambda z, groups, k, delta: min(1., 2 * k * threshold_certificate(z, groups, delta=delta).bound), "can be had"),
-        (lambda z, groups, k, delta: empirical(z, groups, k) + 2 * k * threshold_certificate(z, groups, delta=delta).slack, "can be had"),
-        (lambda z, groups, k, delta: threshold_certificate(z, groups, delta=delta).ks, "was below it"),
-        (lambda z, groups, k, delta: threshold_certificate(z, groups, delta=delta).bound, "was below it"),         # thresholds only
-        (lambda z, groups, k, delta: empirical(z, groups, k), "was below it"),                                     # no slack
-        (lambda z, groups, k, delta: interval_certificate(z, groups, 1, delta), "of 2 intervals"),                 # forgets k
-        (lambda z, groups, k, delta: empirical(z + 1e-9 * torch.arange(len(z)), groups, k) + math.sqrt(.5 * math.log(2 / delta) * (1 / torch.bincount(groups)).sum()), "can be had"),   # ties broken
-        (lambda z, groups, k, delta: 1., "can be had"),
-        (lambda z, groups, k, delta: z, "got shape"),
+        (lambda z, groups, k, delta: (0., min(1., 2 * k * threshold_certificate(z, groups, delta=delta / 2).bound)), "upper end"),
+        (lambda z, groups, k, delta: (0., empirical(z, groups, k)[0] + 2 * k * threshold_certificate(z, groups, delta=delta / 2).slack), "upper end"),
+        (lambda z, groups, k, delta: (0., threshold_certificate(z, groups, delta=delta).ks), "not between your ends"),
+        (lambda z, groups, k, delta: (0., threshold_certificate(z, groups, delta=delta / 2).bound), "not between your ends"),         # thresholds only
+        (lambda z, groups, k, delta: (0., empirical(z, groups, k)[0]), "not between your ends"),                                      # no slack
+        (lambda z, groups, k, delta: gap_bounds(z, groups, 1, delta), "of 2 intervals"),                                              # forgets k
+        (lambda z, groups, k, delta: (0., upper(z + 1e-9 * torch.arange(len(z)), groups, k, delta / 2)), "upper end"),                # ties broken
+        (lambda z, groups, k, delta: (empirical(z, groups, k)[0] - hoeffding(groups, delta / 2), upper(z, groups, k, delta / 2)), "of 10 intervals has a gap of 0.0000"),   # one set, but a set that the sample chose
+        (lambda z, groups, k, delta: gap_bounds(z, groups, k, delta, share=1 / delta), "not between your ends"),                      # no slack below
+        (lambda z, groups, k, delta: (empirical(z, groups, k)[0] - 2 * k * 2 * hoeffding(groups, delta / 4), upper(z, groups, k, delta / 2)), "your lower end is"),           # as dear as 2k bands
+        (lambda z, groups, k, delta: (0., upper(z, groups, k, delta / 2)), "your lower end is"),
+        (lambda z, groups, k, delta: gap_bounds(z, groups, k, delta)[::-1], "not between your ends"),
+        (lambda z, groups, k, delta: (0., 1.), "upper end"),
+        (lambda z, groups, k, delta: upper(z, groups, k, delta), "expected (low, high"),
+        (lambda z, groups, k, delta: (z, z), "got shape"),
     ],
     "ch03.8": [
         (fair_always, "can be had"),
@@ -423,8 +444,8 @@ def test_runs_agree_with_all_subsets_and_with_merging():
         assert abs(_runs(w, k) - (masks @ w)[runs <= k].max()) < 1e-12
         z, groups = torch.tensor(rng.integers(0, 30, 300)).double(), torch.tensor(rng.integers(0, 2, 300))
         share = [torch.bincount(z[groups == g].long(), minlength=30).numpy() / int((groups == g).sum()) for g in (0, 1)]
-        assert abs(_gap(share[1] - share[0], k) - empirical(z, groups, k)) < 1e-12
-    assert {k for _, k, _ in _laws()} == {1, 2, 3}
+        assert abs(_gap(share[1] - share[0], k) - empirical(z, groups, k)[0]) < 1e-12
+    assert {k for _, k, _ in _laws()} == {1, 2, 3, 10}
 
 
 def test_the_solutions_bound_fails_as_rarely_as_it_promises():

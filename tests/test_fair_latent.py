@@ -1,7 +1,9 @@
 "Fair latents: losses, floors, the network, its edits, its files."
 import math
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from fairlearn.metrics import MetricFrame
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
@@ -188,7 +191,7 @@ def test_the_gate_refuses(fitted):
     model, E, _, _ = fitted
     from copy import copy
     spoiled = copy(model)
-    for report, word in ((EditReport("label", .1, 0., 0., 9), "do nothing"), (EditReport("label", 9., 0., 1., 9), "leave the data"), (EditReport("label", -9., 0., 1., 9), "leave the data"), (EditReport("label", 1., 0., .2, 9), "do not arrive"), (EditReport("label", 1., .9, 1., 9), "drag")):
+    for report, word in ((EditReport("label", .1, 0., 0., 90), "do nothing"), (EditReport("label", 9., 0., 1., 90), "leave the data"), (EditReport("label", -9., 0., 1., 90), "leave the data"), (EditReport("label", 1., 0., .2, 90), "do not arrive"), (EditReport("label", 1., .9, 1., 90), "drag"), (EditReport("label", 1., 0., 1., 9), "9 rows only")):
         spoiled.gate_ = {**model.gate_, "label": report}
         with pytest.raises(UntrustedEdit, match=word): spoiled.counterfactual(E, 1)
         assert spoiled.counterfactual(E, 1, force=True).shape == E.shape
@@ -205,6 +208,40 @@ def test_the_gate_sees_an_inert_edit():
 def E_logits(e, E, y):
     "A reader that sees only what edits leave alone: the nearest labelled row by index."
     return torch.nn.functional.one_hot(y[:len(e)], 2).to(e)
+
+
+def test_strengths_that_the_gate_has_not_tried_are_refused(fitted):
+    model, E, _, _ = fitted
+    model = pickle.loads(pickle.dumps(model))
+    model.gate_ = {"label": EditReport("label", 1., 0., 1., 90)}
+    for strength in (1.5, -.1):
+        with pytest.raises(UntrustedEdit, match=f"strength {strength}"): model.counterfactual(E, 1, strength=strength)
+    Z, far = model.transform(E), model.transform(model.counterfactual(E, 1, strength=1.5, force=True))
+    assert torch.allclose(far - Z, 1.5 * (model.transform(model.counterfactual(E, 1)) - Z), atol=1e-2)      # float32, rows far out
+
+
+E_three = sample(600, 8, n_labels=3)
+
+
+@given(st.integers(0, 10_000))
+def test_mirror_images_arrive_wherever_the_classes_win_somewhere(fitted, seed):
+    "In K - 1 dimensions with walls in general position every class has a cone of its own."
+    g = torch.Generator().manual_seed(seed)
+    K = int(torch.randint(2, 7, (), generator=g))
+    h = fitted[0].label_head_._replace(columns=slice(0, K - 1), weight=torch.randn(K, K - 1, generator=g, dtype=torch.float64), bias=torch.randn(K, generator=g, dtype=torch.float64))
+    edges = h.weight[1:] - h.weight[:1]
+    if torch.linalg.cond(edges) > 30: return
+    z, to = 3 * torch.randn(50, K - 1, generator=g, dtype=torch.float64), torch.randint(K, (50,), generator=g)
+    assert (h.logits(h.mirror(z, to)).argmax(1) == to).all()
+
+
+def test_a_class_that_wins_nowhere_is_warned_of():
+    model = FairLatent(n_steps=1, random_state=0).fit(E_three[0], E_three[1], sensitive_features=E_three[2])
+    model.label_head_ = model.label_head_._replace(weight=torch.tensor([[1., 0.], [-1., 0.], [0., 0.]]), bias=torch.tensor([0., 0., -1.]))
+    with pytest.warns(UserWarning, match="600 of 600 rows find no mirror image"): model.counterfactual(E_three[0], 2, force=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.counterfactual(E_three[0], 1, force=True)
 
 
 def test_gate_through_a_generator_reads_what_survives(fitted):
@@ -226,6 +263,16 @@ def test_files_keep_everything(fitted, tmp_path):
     assert edit_gate(again, E) == edit_gate(model, E)
 
 
+def test_files_keep_options_of_all_kinds(untyped, tmp_path):
+    E, y, s = sample(200)
+    options = dict(n_label_dims=np.int64(1), n_sensitive_dims=(np.int64(2),), n_blocks=np.int32(2), pair_weight=np.float32(.5), n_steps=np.int64(2), random_state=np.int64(3))
+    model = FairLatent(**options).fit(E, y, sensitive_features=s)
+    again = load_fair_latent(save_fair_latent(model, tmp_path / "m.safetensors"))
+    assert again.get_params() == {**model.get_params(), **options} and model.widths_ == (1, 2, 3) and torch.equal(again.transform(E), model.transform(E))
+    kept = save_fair_latent(FairLatent(n_steps=2, random_state=np.random.RandomState(0)).fit(E, y, sensitive_features=s), tmp_path / "r.safetensors")
+    assert load_fair_latent(kept).random_state is None
+
+
 def test_files_that_are_not_to_be_trusted(fitted, tmp_path):
     model = fitted[0]
     path = save_fair_latent(model, tmp_path / "m.safetensors")
@@ -244,9 +291,10 @@ def test_files_that_are_not_to_be_trusted(fitted, tmp_path):
 
 E0, Y0, S0 = sample(200)
 BAD_FIT = [
-    (dict(n_blocks=0), {}, "n_blocks must be at least 1"), (dict(n_steps=0), {}, "n_steps must be at least 1"), (dict(pair_weight=-1.), {}, "pair_weight must be finite"),
+    (dict(n_blocks=0), {}, "n_blocks must be a whole number, at least 1"), (dict(n_steps=0), {}, "n_steps must be a whole number, at least 1"), (dict(batch_size=2.5), {}, "batch_size must be a whole number, at least 1, got 2.5"), (dict(pair_weight=-1.), {}, "pair_weight must be finite"),
     (dict(temperature=0.), {}, "temperature must be finite and above 0"), (dict(validation_fraction=1.), {}, "validation_fraction must be in"), (dict(start="warm"), {}, "'whitening' or 'random'"),
-    (dict(n_label_dims=6), {}, "do not fit"), (dict(n_sensitive_dims=(1, 1)), {}, "one width for each of the 1"), (dict(learning_rate=1e30), {}, "not finite"),
+    (dict(n_label_dims=6), {}, "do not fit"), (dict(n_label_dims=1.5), {}, "widths of blocks must be whole numbers"), (dict(n_sensitive_dims=("2",)), {}, "widths of blocks must be whole numbers"),
+    ({}, dict(E=E0.half()), "must be float32 or float64, got torch.float16"), ({}, dict(y=torch.stack([Y0, Y0], 1)), "y must be one value for each row, got 2 columns"), (dict(n_sensitive_dims=(1, 1)), {}, "one width for each of the 1"), (dict(learning_rate=1e30), {}, "not finite"),
     ({}, dict(E=E0.where(E0 > -9, torch.nan).index_fill(0, torch.tensor([3]), torch.inf)), "first in row 3"), ({}, dict(E=E0[:, :0]), "latents of 0"), ({}, dict(y=Y0[:9]), "y has 9 rows"),
     ({}, dict(sensitive_features=torch.zeros(200, dtype=torch.long)), "two groups"), ({}, dict(y=torch.where((Y0 == 0) & (S0 == 1), 1, Y0)), "label 0 with group 1 (0 rows)"),
 ]
@@ -261,7 +309,8 @@ def test_bad_fits_are_named(untyped, options, data, complaint):
 
 
 BAD_USE = [
-    (lambda m, E: m.transform(E[:, :3]), "must have 6 columns"), (lambda m, E: m.inverse_transform(E[:, :3]), "Z must have 6 columns"), (lambda m, E: m.counterfactual(E, 7), "to must be one of [0, 1], got 7"),
+    (lambda m, E: m.transform(E[:, :3]), "must have 6 columns"), (lambda m, E: m.transform(E.double()), "E must be torch.float32 on cpu, as in fit, got torch.float64"), (lambda m, E: m.inverse_transform(E.double()), "Z must be torch.float32 on cpu"),
+    (lambda m, E: m.counterfactual(E, 1, strength=math.nan), "strength must be finite"), (lambda m, E: edit_gate(m, E, min_effekt=1.), "no limit 'min_effekt'"), (lambda m, E: m.inverse_transform(E[:, :3]), "Z must have 6 columns"), (lambda m, E: m.counterfactual(E, 7), "to must be one of [0, 1], got 7"),
     (lambda m, E: m.counterfactual(E, [0, 1]), "one value, or one for each of 2000 rows"), (lambda m, E: m.counterfactual(E, 1, of="group"), "'label' or 'sensitive'"),
     (lambda m, E: m.counterfactual(E, 1, of="sensitive", attribute=3), "attribute must be in 0 .. 0"), (lambda m, E: edit_gate(m, E, readers=[1]), "one function for the label"),
     (lambda m, E: pull_floor(0, 2), "n_dims >= 1"), (lambda m, E: odds_gap([0, 1], [0, 1], [0, 1], reduce="sum"), "'mean' or 'max'"),
@@ -273,6 +322,11 @@ BAD_USE = [
 def test_bad_use_is_named(untyped, fitted, call, complaint):
     with pytest.raises(ValueError) as error: call(*fitted[:2])
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("call", [lambda m, E: m.transform(E), lambda m, E: m.inverse_transform(E), lambda m, E: m.predict(E), lambda m, E: m.predict_sensitive(E), lambda m, E: m.counterfactual(E, 1), lambda m, E: edit_gate(m, E), lambda m, E: save_fair_latent(m, "never.safetensors")])
+def test_before_the_fit(call):
+    with pytest.raises(NotFittedError): call(FairLatent(), E0)
 
 
 def test_the_split_is_where_it_starts(fitted):
