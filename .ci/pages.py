@@ -72,13 +72,18 @@ def loaders(source) -> set[str]:
     return set(re.findall(r"\bload_(\w+)\(", source))
 
 
+OWN_FILES = {"shapes3d_frames": "shapes3d/3dshapes.gif"}   # data sets that a module keeps to itself: name of the loader, file
+
+
 def missing_data(nb) -> list[str]:
     """Names of the data sets that the `needs-data` cells of this notebook load and whose files are not here.
     Where one is missing, none of these cells runs: they may use each other's results."""
     from fairbook import multiclass_data as data
+    from fairbook.data import data_folder
 
     source = "\n".join(c.source for c in nb.cells if "needs-data" in tags(c))
-    return [name for name in sorted(loaders(source)) if not data.is_available(name)]
+    here = lambda name: (data_folder() / OWN_FILES[name]).exists() if name in OWN_FILES else data.is_available(name)
+    return [name for name in sorted(loaders(source)) if not here(name)]
 
 
 def exported_names(cell) -> list[str]:

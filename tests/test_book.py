@@ -285,3 +285,12 @@ def test_needs_data_cells_are_held_back_where_the_data_are_not(monkeypatch):
     cell = lambda source, tags=("needs-data",): py(source, metadata={"tags": list(tags)})
     assert pages.missing_data(new_notebook(cells=[cell("load_adult()"), py("load_dutch()"), cell("load_x()", ["other"])])) == []
     assert pages.missing_data(new_notebook(cells=[cell("a = data.load_adult()"), cell("load_dutch().rows")])) == ["dutch"]
+
+
+def test_a_data_set_that_a_module_keeps_to_itself(monkeypatch, tmp_path):
+    notebook = new_notebook(cells=[py("load_shapes3d_frames()", metadata={"tags": ["needs-data"]})])
+    monkeypatch.setenv("FAIRBOOK_DATA", str(tmp_path))
+    assert pages.missing_data(notebook) == ["shapes3d_frames"]
+    (tmp_path / "shapes3d").mkdir()
+    (tmp_path / pages.OWN_FILES["shapes3d_frames"]).touch()
+    assert pages.missing_data(notebook) == []
