@@ -54,33 +54,43 @@ def levels_to_index(
         index = index * n + level
     return index
 
-# %% ../nbs/lib_shapes3d.ipynb #148a33a8
+# %% ../nbs/lib_shapes3d.ipynb #cf83c624
 def levels_to_factors(
-    levels: Integer[Tensor, "*b 6"],   # as from `index_to_levels`
-) -> Float[Tensor, "*b 6"]:            # hue, hue, hue in [0, 0.9]; scale in [0.75, 1.25]; shape 0 to 3; angle in [-30, 30] degrees
-    """The values that the original attaches to its levels, in float64. Raises `ValueError` as `levels_to_index`. O(n).
+    levels: Integer[Tensor, "*b 6"],        # as from `index_to_levels`
+    dtype: torch.dtype = torch.float64,     # of the result; the computation is in float64
+) -> Float[Tensor, "*b 6"]:                 # hue, hue, hue in [0, 0.9]; scale in [0.75, 1.25]; shape 0 to 3; angle in [-30, 30] degrees
+    """The values that the original attaches to its levels. Raises `ValueError` as `levels_to_index`. O(n).
 
     Example: `levels_to_factors(torch.tensor([0, 5, 9, 7, 3, 14]))` gives `[0., .5, .9, 1.25, 3., 30.]`."""
     levels_to_index(levels)
     steps = torch.tensor([10, 10, 10, 7, 3, 14], device=levels.device)
-    return _LOW.to(levels.device) + (_HIGH - _LOW).to(levels.device) * levels / steps
+    return (_LOW.to(levels.device) + (_HIGH - _LOW).to(levels.device) * levels / steps).to(dtype)
 
-# %% ../nbs/lib_shapes3d.ipynb #2c5ef458
-def _checked(factors):
-    "The factors as a float tensor, after a look at shape, range and kind."
-    if factors.ndim < 1 or factors.shape[-1] != 6 or not factors.is_floating_point():
-        raise ValueError(f"`factors` must be a float tensor [..., 6] in the order {list(FACTORS)}, got {factors.dtype} of shape {list(factors.shape)}")
-    flat = factors.detach().reshape(-1, 6).double().cpu()
+# %% ../nbs/lib_shapes3d.ipynb #d79fc109
+def _positive(name, value, most):
+    "The value, if it is a whole number from 1 to `most`."
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"`{name}` must be a whole number from 1 to {most}, got {value!r}")
+    return value
+
+# %% ../nbs/lib_shapes3d.ipynb #e1917d90
+def _checked(factors, strict=True):
+    "The factors, after a look at shape, range and kind; with `strict=False` the angle may be any finite number."
+    if factors.ndim < 1 or factors.shape[-1] != 6 or factors.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`factors` must be a float tensor [..., 6] (float32 or float64) in the order {list(FACTORS)}, got {factors.dtype} of shape {list(factors.shape)}")
+    flat, most = factors.detach().reshape(-1, 6).double().cpu(), torch.finfo(factors.dtype).max
     for value, name, low, high in zip(flat.unbind(1), FACTORS, _LOW.tolist(), _HIGH.tolist()):
+        if name == "orientation" and not strict: low, high = -most, most
         if not ((value >= low) & (value <= high)).all():
             raise ValueError(f"`factors`: {name} must lie between {low:g} and {high:g}, got {value[~((value >= low) & (value <= high))][0].item():g}")
     if (flat[:, 4] != flat[:, 4].round()).any(): raise ValueError("`factors`: shape must be 0, 1, 2 or 3, there is nothing between a cube and a sphere")
     return factors
 
-# %% ../nbs/lib_shapes3d.ipynb #73e997a5
+# %% ../nbs/lib_shapes3d.ipynb #09a6b7b9
 @dataclass(frozen=True)
 class Scene:
-    """The constants of the scene: camera, room, objects (at scale 1), light. The defaults are the fit to the original.
+    """The constants of the scene: camera, room, objects (at scale 1), light. The defaults are the fit to the original. Raises `ValueError` for an impossible
+    field of view or room.
 
     Example: `Scene(fov=60.).fov` gives `60.0`."""
     radius: float = 4.                                            # distance of the camera from the axis
@@ -105,20 +115,25 @@ class Scene:
     walls: float = .9772                                          # the same for the walls
     sky: tuple[float, float, float] = (.6, .886, .976)            # its colour
 
-# %% ../nbs/lib_shapes3d.ipynb #1edaa3cc
+    def __post_init__(self):
+        if not 0 < self.fov < 180: raise ValueError(f"`fov` must lie between 0 and 180 degrees, got {self.fov!r}")
+        for name in ("radius", "back", "side", "wall"):
+            if not getattr(self, name) > 0: raise ValueError(f"`{name}` is a length and must be > 0, got {getattr(self, name)!r}")
+
+# %% ../nbs/lib_shapes3d.ipynb #2cf752c0
 def camera_rays(
     orientation: Float[Tensor, "b"],   # angle of the camera, degrees
     size: int = 64,                    # rays along each side of the picture
     scene: Scene = Scene(),            # gives radius, height, pitch and field of view
 ) -> tuple[Float[Tensor, "b 1 1 3"], Float[Tensor, "b size size 3"]]:   # origins; unit directions, first row on top
-    """The rays of a pinhole camera that circles the axis (eq. S.1). O(b size^2).
+    """The rays of a pinhole camera that circles the axis (eq. S.1). Raises `ValueError` for a `size` without rays. O(b size^2).
 
     Example: `camera_rays(torch.zeros(1), 2)[0].flatten()` gives `[0., 1.1433, 4.]`."""
     a, p = torch.deg2rad(orientation), math.radians(scene.pitch)
     zero, one, up = torch.zeros_like(a), torch.ones_like(a), orientation.new_tensor([0., 1, 0])
     out, right = torch.stack([a.sin(), zero, a.cos()], -1), torch.stack([a.cos(), zero, -a.sin()], -1)
     forward, above = math.sin(p) * up - math.cos(p) * out, math.cos(p) * up + math.sin(p) * out
-    u = math.tan(math.radians(scene.fov) / 2) * ((2 * torch.arange(size).to(a) + 1) / size - 1)
+    u = math.tan(math.radians(scene.fov) / 2) * ((2 * torch.arange(_positive("size", size, 2**14)).to(a) + 1) / size - 1)
     forward, right, above = (v[:, None, None] for v in (forward, right, above))
     d = forward + u[:, None] * right - u[:, None, None] * above
     return (scene.radius * out + scene.height * up)[:, None, None], d / d.norm(dim=-1, keepdim=True)
@@ -249,11 +264,11 @@ def _hit_object(o, d, shape, scale, scene):
     (r, h), hit = ((scene.cylinder, hit_cylinder) if shape == 1 else (scene.capsule, hit_capsule))
     return hit(o, d, r * s, zero, h * s)
 
-# %% ../nbs/lib_shapes3d.ipynb #a2faa0ce
+# %% ../nbs/lib_shapes3d.ipynb #eea6f80d
 def _hit_room(o, d, scene):
     "Distance, surface (0 sky, 1 wall, 2 floor) and normal of what a ray meets in the empty room."
     (tf, up), sign = hit_plane(o, d), d.sign()
-    tx = (sign[..., 0] * scene.side - o[..., 0]) / d[..., 0]
+    tx = torch.where(d[..., 0] != 0, (sign[..., 0] * scene.side - o[..., 0]) / d[..., 0], torch.full_like(tf, INF))
     tz = torch.where(d[..., 2] < 0, (-scene.back - o[..., 2]) / d[..., 2], torch.full_like(tf, INF))
     tw = torch.minimum(tx, tz)
     wall = torch.where((o[..., 1] + tw * d[..., 1] < scene.wall) & (tw < tf), tw, torch.full_like(tw, INF))
@@ -281,36 +296,34 @@ def _trace(shape, scale, orientation, n, scene):
     axis = _flat(o) / scene.radius
     return _Hits(surface, point, torch.where((to < t)[..., None], no, normal), axis, shape, scale)
 
-# %% ../nbs/lib_shapes3d.ipynb #aca6fccb
-def _positive(name, value, most):
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"`{name}` must be a whole number from 1 to {most}, got {value!r}")
-    return value
+# %% ../nbs/lib_shapes3d.ipynb #ec0f4581
+_RAYS = 2**20   # at most so many rays at once
 
-def _by_shape(factors, draw):
-    "Apply `draw(shape, scale, orientation)` to the scenes of each shape, and put the results in the order of `factors [b, 6]`."
+def _by_shape(factors, n, draw):
+    "Apply `draw(shape, scale, orientation)` to scenes of one shape, few enough for n x n rays each, and put the results in the order of `factors [b, 6]`."
+    if not len(factors): return draw(0, factors.new_ones(1), factors.new_zeros(1))[:0]
     parts = [(factors[:, 4] == k).nonzero()[:, 0] for k in range(4)]
-    drawn = [draw(k, factors[i, 3], factors[i, 5]) for k, i in enumerate(parts) if len(i)]
+    drawn = [draw(k, factors[i, 3], factors[i, 5]) for k, part in enumerate(parts) for i in part.split(max(1, _RAYS // n**2)) if len(i)]
     return torch.cat(drawn)[torch.cat(parts).argsort()]
 
-# %% ../nbs/lib_shapes3d.ipynb #6a3c1c48
+# %% ../nbs/lib_shapes3d.ipynb #5f0f6dd5
 def label_map(
     factors: Float[Tensor, "*b 6"],   # as from `levels_to_factors`, or any values between; the hues do not matter
     size: int = 64,                   # pixels along each side
     samples: int = 3,                 # rays along each side of a pixel
     scene: Scene = Scene(),           # constants of the scene
+    strict: bool = True,              # refuse angles beyond 30 degrees
 ) -> Int[Tensor, "*b size size"]:     # 0 sky, 1 wall, 2 floor, 3 object
     """What most rays of a pixel meet. Raises `ValueError` for factors out of range. O(b (size samples)^2).
 
     Example: `label_map(torch.tensor([0., 0, 0, 1, 2, 0]), 4)[2]` gives `[1, 3, 3, 1]`."""
-    n, flat = _positive("size", size, 1024) * _positive("samples", samples, 16), _checked(factors).detach().reshape(-1, 6)
-    surface = _by_shape(flat, lambda *g: _trace(*g, n, scene).surface)
-    votes = avg_pool2d(one_hot(surface, 4).movedim(-1, 1).to(flat), samples)
-    return votes.argmax(1).reshape(*factors.shape[:-1], size, size)
+    n, flat = _positive("size", size, 1024) * _positive("samples", samples, 16), _checked(factors, strict).detach().reshape(-1, 6)
+    votes = lambda *g: avg_pool2d(one_hot(_trace(*g, n, scene).surface, 4).movedim(-1, 1).to(flat), samples)
+    return _by_shape(flat, n, lambda *g: votes(*g).argmax(1)).reshape(*factors.shape[:-1], size, size)
 
-# %% ../nbs/lib_shapes3d.ipynb #b475338c
+# %% ../nbs/lib_shapes3d.ipynb #bae5d781
 def _lamp(hits, scene):
-    "Lamp's light on each point, and whether it arrives at all (only the floor can lie in shadow: the object is convex)."
+    "Lamp's light on each point, and whether it arrives. Shadows fall on the floor only: true of a convex object under a lamp as high as the default one."
     to = hits.point.new_tensor(scene.lamp) - hits.point
     l = to / to.norm(dim=-1, keepdim=True)
     facing = _dot(hits.normal, l)
@@ -325,14 +338,15 @@ def _shade(hits, scene):
     head = _dot(hits.normal, hits.axis).clamp(min=0)
     return rho * (scene.ambient + scene.headlight * head + scene.light * lamp), scene.gloss * (lit & (hits.surface == 3))
 
-# %% ../nbs/lib_shapes3d.ipynb #45b89a53
+# %% ../nbs/lib_shapes3d.ipynb #b6cbd724
 @torch.no_grad()
 def geometry_layers(
-    factors: Float[Tensor, "b 6"],   # scenes; their hues do not matter
-    size: int = 64,                  # pixels along each side
-    samples: int = 3,                # rays along each side of a pixel
-    scene: Scene = Scene(),          # constants of the scene
-) -> Float[Tensor, "b 5 size size"]:   # gain of floor, wall, object; gloss; share of sky
+    factors: Float[Tensor, "*b 6"],   # scenes; their hues do not matter
+    size: int = 64,                   # pixels along each side
+    samples: int = 3,                 # rays along each side of a pixel
+    scene: Scene = Scene(),           # constants of the scene
+    strict: bool = True,              # refuse angles beyond 30 degrees
+) -> Float[Tensor, "*b 5 size size"]:   # gain of floor, wall, object; gloss; share of sky
     """All of a picture that the hues do not decide (eq. S.3), without gradient. Raises `ValueError` for factors out of range. O(b (size samples)^2).
 
     Example: `geometry_layers(torch.tensor([[0., 0, 0, 1, 2, 0]]), 4)[0, 4, 0]` gives `[1., 1., 1., 1.]`."""
@@ -342,7 +356,7 @@ def geometry_layers(
         gain, gloss = _shade(hits, scene)
         layers = [gain * (hits.surface == k) for k in (2, 1, 3)] + [gloss, (hits.surface == 0).to(gain)]
         return avg_pool2d(torch.stack(layers, 1), samples)
-    return _by_shape(_checked(factors), draw)
+    return _by_shape(_checked(factors, strict).reshape(-1, 6), n, draw).reshape(*factors.shape[:-1], 5, size, size)
 
 # %% ../nbs/lib_shapes3d.ipynb #740cbee4
 def hue_to_rgb(
@@ -353,33 +367,33 @@ def hue_to_rgb(
     Example: `hue_to_rgb(torch.tensor(.5))` gives `[0., 1., 1.]`."""
     return (((6 * hue[..., None] + hue.new_tensor([0., 4, 2])) % 6 - 3).abs() - 1).clamp(0, 1)
 
-# %% ../nbs/lib_shapes3d.ipynb #3ba66816
+# %% ../nbs/lib_shapes3d.ipynb #63d80444
 def compose(
-    layers: Float[Tensor, "b 5 h w"],   # as from `geometry_layers`
-    hues: Float[Tensor, "b 3"],         # hue of floor, wall, object
-    scene: Scene = Scene(),             # gives the colour of the sky
-) -> Float[Tensor, "b 3 h w"]:          # pictures, red, green and blue in [0, 1]
-    """Pictures from layers and hues; differentiable in both. O(b h w).
+    layers: Float[Tensor, "*b 5 h w"],   # as from `geometry_layers`
+    hues: Float[Tensor, "*c 3"],         # hue of floor, wall, object, one row for each set of layers
+    scene: Scene = Scene(),              # gives the colour of the sky
+) -> Float[Tensor, "*b 3 h w"]:          # pictures, red, green and blue in [0, 1]
+    """Pictures from layers and hues; differentiable in both. Raises `ValueError` unless there are as many hues as layers. O(b h w).
 
     Example: `compose(torch.eye(5)[None, :, :, None], torch.zeros(1, 3))[0, 1, :, 0]` gives `[0., 0., 0., 1., .886]`."""
-    fixed = layers.new_tensor([[1., 1, 1], scene.sky]).expand(len(layers), 2, 3)
-    colours = torch.cat([hue_to_rgb(hues).to(layers), fixed], 1)
-    return (colours.mT @ layers.flatten(2)).clamp(max=1).unflatten(2, layers.shape[2:])
+    if layers.shape[:-3] != hues.shape[:-1]: raise ValueError(f"`hues` must have one row per set of `layers`: {list(layers.shape[:-3])} sets, but hues {list(hues.shape)}")
+    fixed = layers.new_tensor([[1., 1, 1], scene.sky]).expand(*hues.shape[:-1], 2, 3)
+    colours = torch.cat([hue_to_rgb(hues).to(layers), fixed], -2)
+    return (colours.mT @ layers.flatten(-2)).clamp(max=1).reshape(*layers.shape[:-3], 3, *layers.shape[-2:])
 
-# %% ../nbs/lib_shapes3d.ipynb #10dd3395
+# %% ../nbs/lib_shapes3d.ipynb #b39c1a77
 def render(
     factors: Float[Tensor, "*b 6"],   # any values in the ranges of `levels_to_factors`, hues up to 1
     size: int = 64,                   # pixels along each side
     samples: int = 3,                 # rays along each side of a pixel
     scene: Scene = Scene(),           # constants of the scene
-) -> Float[Tensor, "*b 3 size size"]:   # 3D-Shapes-like pictures in [0, 1]
-    """Pictures of any scenes. Differentiable in the three hues; scale, shape and orientation move edges and get gradient zero.
-    Raises `ValueError` for factors out of range. O(b (size samples)^2).
+    strict: bool = True,              # refuse angles beyond 30 degrees; pictures there were never compared with real ones
+) -> Float[Tensor, "*b 3 size size"]:   # 3D-Shapes-like pictures in [0, 1], not rounded to 8 bit
+    """Pictures of any scenes. Differentiable in the three hues. The gradient in scale, shape and orientation is set to zero, although pictures change with them,
+    smoothly or by jumps: search those with a grid, not by gradient. Raises `ValueError` for factors out of range. O(b (size samples)^2).
 
     Example: `render(torch.tensor([.5, 0, .3, 1, 2, 0]), 4)[:, 0, 0]` gives `[.6, .886, .976]`."""
-    flat = _checked(factors).reshape(-1, 6)
-    pictures = compose(geometry_layers(flat.detach(), size, samples, scene), flat[:, :3], scene)
-    return pictures.unflatten(0, factors.shape[:-1]) if factors.ndim > 1 else pictures[0]
+    return compose(geometry_layers(factors.detach(), size, samples, scene, strict), factors[..., :3], scene)
 
 # %% ../nbs/lib_shapes3d.ipynb #65c915d0
 _FILM = {"shapes3d/3dshapes.gif": DataFile(
@@ -400,18 +414,23 @@ def load_shapes3d_frames() -> Float[Tensor, "53 3 64 64"]:   # pictures in [0, 1
     frames = np.stack([np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(film)]) / 255
     return torch.from_numpy(_shrink(frames)).movedim(-1, 1).float().clamp(0, 1)
 
-# %% ../nbs/lib_shapes3d.ipynb #7ac6a142
+# %% ../nbs/lib_shapes3d.ipynb #e6278925
 @lru_cache(maxsize=4)
+def _frames(size, samples, scene, device):
+    "What `geometry_frames` returns, kept under one spelling of its arguments."
+    return geometry_layers(levels_to_factors(index_to_levels(torch.arange(480, device=device)), torch.float32), size, samples, scene)
+
+# %% ../nbs/lib_shapes3d.ipynb #a6c7cf7c
 def geometry_frames(
     size: int = 64,            # pixels along each side
     samples: int = 3,          # rays along each side of a pixel
     scene: Scene = Scene(),    # constants of the scene
+    device: str | torch.device = "cpu",   # where they are computed and kept
 ) -> Float[Tensor, "480 5 size size"]:   # layers of all scales, shapes and orientations, the last changing fastest
-    """The layers behind all pictures of the grid, cached: do not write into them. Some seconds for the first call with size 64, 39 MB.
+    """The layers behind all pictures of the grid, float32, cached: do not write into them. Some seconds for the first call with size 64, 39 MB.
 
     Example: `geometry_frames(8, 1).shape` gives `(480, 5, 8, 8)`."""
-    factors = levels_to_factors(index_to_levels(torch.arange(480))).float()
-    return torch.cat([geometry_layers(part, size, samples, scene) for part in factors.split(60)])
+    return _frames(size, samples, scene, str(device))
 
 # %% ../nbs/lib_shapes3d.ipynb #18432845
 _SPLITS = {"train": slice(384_000), "valid": slice(384_000, 432_000), "test": slice(432_000, 480_000), "all": slice(None)}
@@ -421,7 +440,7 @@ def _half(levels, name):
     n, level = FACTORS[name], levels[..., list(FACTORS).index(name)]
     return torch.where(level < n // 2, 0, torch.where(level >= n - n // 2, 1, -1))
 
-# %% ../nbs/lib_shapes3d.ipynb #2b2d8e7b
+# %% ../nbs/lib_shapes3d.ipynb #721d88f4
 class Shapes3D(data.Dataset):
     """3D-Shapes-like pictures of the grid, drawn when asked for. Items are (picture `[3, size, size]` in [0, 1], levels `[6]`).
     Raises `ValueError` for an unknown split or factor.
@@ -431,52 +450,99 @@ class Shapes3D(data.Dataset):
         size: int = 64,                   # pixels along each side
         split: str = "train",             # "train", "valid" or "test" (80, 10 and 10 % of the scenes, at random), or "all", in order
         correlated: bool = True,          # keep, of "train" only, the scenes in which target and sensitive factor are in the same half
-        target: str = "object_hue",       # name of a factor
+        target: str = "object_hue",       # name of the factor whose level is the class
         sensitive: str = "orientation",   # name of another factor
         *, samples: int = 3,              # rays along each side of a pixel
         scene: Scene = Scene(),           # constants of the scene
         seed: int = 0,                    # of the division into splits
+        device: str | torch.device = "cpu",   # of pictures and levels
     ):
         if split not in _SPLITS: raise ValueError(f"`split` must be one of {list(_SPLITS)}, got {split!r}")
         for name, value in (("target", target), ("sensitive", sensitive)):
             if value not in FACTORS: raise ValueError(f"`{name}` must be one of {list(FACTORS)}, got {value!r}")
         if target == sensitive: raise ValueError(f"`target` and `sensitive` must be two factors, got {target!r} twice")
+        if not isinstance(correlated, bool): raise ValueError(f"`correlated` must be True or False, got {correlated!r}")
         self.size, self.samples, self.scene = _positive("size", size, 1024), _positive("samples", samples, 16), scene
-        order = torch.randperm(480_000, generator=torch.Generator().manual_seed(seed))
-        self.index = order[_SPLITS[split]] if split != "all" else torch.arange(480_000)   # scenes, as in `index_to_levels`
+        self.split, self.correlated, self.target, self.sensitive, self.seed, self.device = split, correlated, target, sensitive, seed, device
+        order = torch.arange(480_000) if split == "all" else torch.randperm(480_000, generator=torch.Generator().manual_seed(seed))
+        self.index = order[_SPLITS[split]]   # scenes, as in `index_to_levels`; on the CPU
         if split == "train" and correlated:
             levels = index_to_levels(self.index)
             self.index = self.index[(_half(levels, target) == _half(levels, sensitive)) & (_half(levels, target) >= 0)]
 
     def __len__(self): return len(self.index)
 
-# %% ../nbs/lib_shapes3d.ipynb #ac244f41
+    def __repr__(self):
+        names = ("size", "split", "correlated", "target", "sensitive", "samples", "seed", "device")
+        return f"Shapes3D({len(self)} scenes: " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names) + ")"
+
+# %% ../nbs/lib_shapes3d.ipynb #02974f60
+@patch
+def _draw(self: Shapes3D, levels):
+    "Pictures of `levels [..., 6]`, from the kept layers, and the levels."
+    frames = geometry_frames(self.size, self.samples, self.scene, self.device)
+    return compose(frames[(levels_to_index(levels) % 480).to(frames.device)], levels[..., :3].to(frames) / 10, self.scene), levels.to(self.device)
+
+def _rows(rows, n):
+    "Rows of a data set of length `n` as an index tensor: from a number, a list, an array, a slice, a tensor of numbers or a mask."
+    rows = torch.arange(n)[rows] if isinstance(rows, slice) else torch.as_tensor(rows).cpu()
+    if rows.dtype == torch.bool: return rows.nonzero()[:, 0]
+    if rows.is_floating_point() and rows.numel(): raise ValueError(f"`rows` must be whole numbers, a slice or a mask, got {rows.dtype}")
+    return rows.long()
+
+# %% ../nbs/lib_shapes3d.ipynb #8a7e1a7c
 @patch
 def batch(
     self: Shapes3D,
     rows: Integer[Tensor, "b"] | list[int],   # rows of the data set
 ) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b 6"]]:   # pictures in [0, 1]; levels
     "Pictures and levels of many rows at once. O(b size^2) after the first call."
-    index = self.index[torch.as_tensor(rows)]
-    levels, frames = index_to_levels(index), geometry_frames(self.size, self.samples, self.scene)
-    return compose(frames[index % 480], levels[:, :3].float() / 10, self.scene), levels
+    return self._draw(index_to_levels(self.index[_rows(rows, len(self))]))
 
 @patch
-def __getitem__(self: Shapes3D, row): return tuple(x[0] for x in self.batch([row]))
+def __getitem__(self: Shapes3D, row):
+    "One item for a number; for a slice, list or tensor the same as `batch`."
+    return self._draw(index_to_levels(self.index[_rows(row, len(self))]))
 
 @patch
 def __getitems__(self: Shapes3D, rows): return list(zip(*self.batch(rows)))
 
-# %% ../nbs/lib_shapes3d.ipynb #9daabd34
+@patch
+def warm(self: Shapes3D) -> Shapes3D:   # the data set itself
+    "Build the layers now instead of at the first picture."
+    geometry_frames(self.size, self.samples, self.scene, self.device)
+    return self
+
+# %% ../nbs/lib_shapes3d.ipynb #b9743ce2
+@patch
+def labels(
+    self: Shapes3D,
+    levels: Integer[Tensor, "*b 6"],   # as from `batch`
+) -> tuple[Int[Tensor, "*b"], Int[Tensor, "*b"]]:   # levels of the target (the class) and of the sensitive factor
+    "What is to be predicted and what must not matter."
+    return tuple(levels[..., list(FACTORS).index(name)] for name in (self.target, self.sensitive))
+
 @patch
 def similar(
     self: Shapes3D,
-    row: int,                       # row of the data set
-    factor: str = "orientation",    # the factor that changes
-) -> tuple[Float[Tensor, "k 3 h w"], Int[Tensor, "k 6"]]:   # pictures and levels, one for each level of the factor
-    "The same scene with every level of one factor: all individuals similar to this one. Raises `ValueError` for an unknown factor."
+    rows: int | Integer[Tensor, "b"] | list[int],   # one row of the data set, or many
+    factor: str = "orientation",                    # the factor that changes
+) -> tuple[Float[Tensor, "*b k 3 h w"], Int[Tensor, "*b k 6"]]:   # pictures and levels, one for each level of the factor
+    "The same scene with every level of one factor: all individuals of the grid similar to this one. Raises `ValueError` for an unknown factor."
     if factor not in FACTORS: raise ValueError(f"`factor` must be one of {list(FACTORS)}, got {factor!r}")
-    levels = index_to_levels(self.index[row]).repeat(FACTORS[factor], 1)
-    levels[:, list(FACTORS).index(factor)] = torch.arange(FACTORS[factor])
-    every = Shapes3D(self.size, "all", samples=self.samples, scene=self.scene)
-    return every.batch(levels_to_index(levels))
+    levels = index_to_levels(self.index[_rows(rows, len(self))])[..., None, :].repeat_interleave(FACTORS[factor], -2)
+    levels[..., list(FACTORS).index(factor)] = torch.arange(FACTORS[factor])
+    return self._draw(levels)
+
+# %% ../nbs/lib_shapes3d.ipynb #62917d63
+@patch
+def orbit(
+    self: Shapes3D,
+    rows: int | Integer[Tensor, "b"] | list[int],   # one row of the data set, or many
+    angles: Float[Tensor, "k"],                     # degrees; decides the precision
+    strict: bool = True,                            # refuse angles beyond 30 degrees
+) -> tuple[Float[Tensor, "*b k 3 h w"], Float[Tensor, "*b k 6"]]:   # pictures; factors
+    "The same scene from given angles. Raises `ValueError` for angles out of range. O(b k (size samples)^2)."
+    factors = levels_to_factors(index_to_levels(self.index[_rows(rows, len(self))]), angles.dtype)[..., None, :].repeat_interleave(len(angles), -2)
+    factors[..., 5] = angles.to(factors)
+    return render(factors.to(self.device), self.size, self.samples, self.scene, strict), factors.to(self.device)

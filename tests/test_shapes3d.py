@@ -174,6 +174,15 @@ def test_mirrored_camera_mirrored_labels(shape, scale, angle):
     assert (left == right.flip(-1)).float().mean() > .998
 
 
+@pytest.mark.parametrize("shape", range(4))
+@pytest.mark.parametrize("size, samples", [(21, 1), (7, 3)])
+def test_the_middle_column_sees_the_wall(size, samples, shape):
+    "With an odd number of rays one of them runs straight to the back, parallel to the side walls."
+    f = scene_of(scale=.75, shape=shape)
+    labels = label_map(f, size, samples)
+    assert (labels == labels.flip(-1)).all() and 1 in labels[:, size // 2] and geometry_layers(f, size, samples).isfinite().all()
+
+
 @given(st.floats(.3, 5), st.integers(0, 3))
 @settings(max_examples=12)
 def test_a_room_of_another_size_is_the_same_picture(factor, shape):
@@ -222,6 +231,37 @@ def test_gradients_in_the_hues_and_none_in_the_geometry():
     assert (grad[:, 3:] == 0).all() and (grad[:, :3] != 0).any()
 
 
+def test_angles_beyond_the_original_only_on_request():
+    f = scene_of(shape=3, angle=30.)
+    assert torch.equal(render(f, 16), render(f, 16, strict=False))
+    for a in (31., -95., 180.): assert render(scene_of(angle=a), 16, strict=False).isfinite().all() and label_map(scene_of(angle=a), 16, strict=False).ge(0).all()
+    assert torch.allclose(render(scene_of(angle=400.), 16, strict=False), render(scene_of(angle=40.), 16, strict=False), atol=.05)
+
+
+def test_pictures_jump_as_the_angle_moves():
+    "Why no Lipschitz bound over the angle can hold: halving an interval 34 times leaves the movement where it was."
+    seen, low, high = lambda a: render(scene_of((.1, .6, .3), angle=a), 32).flatten(), -4.9, -4.8
+    for _ in range(34):
+        middle = (low + high) / 2
+        a, b, c = map(seen, (low, middle, high))
+        low, high = (low, middle) if (b - a).norm() > (c - b).norm() else (middle, high)
+    assert high - low < 1e-11 and (seen(high) - seen(low)).norm() > .1
+
+
+def test_many_scenes_are_drawn_in_parts(monkeypatch):
+    f = torch.stack([scene_of(shape=k % 4, angle=3. * k) for k in range(9)])
+    whole, labels = geometry_layers(f, 8), label_map(f, 8)
+    monkeypatch.setattr(shapes3d, "_RAYS", 600)   # one scene at a time
+    assert torch.equal(geometry_layers(f, 8), whole) and torch.equal(label_map(f, 8), labels)
+
+
+def test_empty_batches_and_single_scenes():
+    none = torch.zeros(0, 6)
+    assert render(none, 8).shape == (0, 3, 8, 8) and label_map(none, 8).shape == (0, 8, 8) and geometry_layers(none.double(), 8).dtype == DOUBLE
+    assert torch.equal(geometry_layers(scene_of(), 8), geometry_layers(scene_of()[None], 8)[0])
+    assert levels_to_factors(torch.zeros(2, 6, dtype=torch.long), torch.float32).dtype == torch.float32
+
+
 def test_gradients_in_the_layers():
     layers = (.2 * torch.rand(1, 5, 3, 3, dtype=DOUBLE)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: compose(x, torch.tensor([[.1, .4, .9]], dtype=DOUBLE)), (layers,))
@@ -250,7 +290,7 @@ def test_splits_are_a_division():
     parts = [Shapes3D(8, s, correlated=False) for s in ("train", "valid", "test")]
     assert [len(p) for p in parts] == [384_000, 48_000, 48_000] and torch.cat([p.index for p in parts]).unique().numel() == 480_000
     assert (Shapes3D(8, "test").index == parts[2].index).all() and (Shapes3D(8, "test", seed=1).index != parts[2].index).any()
-    assert len(range(0, 48_000, 320)) == 150   # the number of test pictures in the paper
+    assert [len(range(0, n, 320)) for n in (47_680, 47_681, 48_000, 48_001)] == [149, 150, 150, 151]   # sizes that give the paper's number of test pictures
 
 
 @pytest.mark.parametrize("target, sensitive", [("object_hue", "orientation"), ("shape", "scale"), ("orientation", "wall_hue")])
@@ -294,8 +334,46 @@ def test_similar_scenes_differ_in_one_factor_only(factor):
     assert torch.allclose(x[own[k]], test[4][0], atol=1e-6)
 
 
+def test_items_by_slice_tensor_mask_and_number():
+    test = Shapes3D(8, "test", samples=1)
+    expected, mask = test.batch([3, 4, 5]), torch.zeros(len(test), dtype=torch.bool)
+    mask[3:6] = True
+    for rows in (slice(3, 6), torch.tensor([3, 4, 5]), [3, 4, 5], np.array([3, 4, 5]), mask):
+        assert all(torch.equal(a, b) for a, b in zip(test[rows], expected))
+    assert torch.allclose(test[torch.tensor(4)][0], expected[0][1], atol=1e-6) and torch.equal(test[-1][1], test[len(test) - 1][1])
+    assert test.batch([])[0].shape == (0, 3, 8, 8) and test[5:5][1].shape == (0, 6)
+    with pytest.raises(IndexError): test[len(test)]
+
+
+@pytest.mark.parametrize("target, sensitive", [("object_hue", "orientation"), ("shape", "floor_hue")])
+def test_labels_and_repr_and_warm(target, sensitive):
+    test = Shapes3D(8, "test", target=target, sensitive=sensitive, samples=1, seed=3)
+    levels = test.batch([0, 1, 2])[1]
+    y, s = test.labels(levels)
+    assert y.tolist() == levels[:, list(FACTORS).index(target)].tolist() and s.tolist() == levels[:, list(FACTORS).index(sensitive)].tolist()
+    assert (test.target, test.sensitive, test.split, test.seed, test.correlated) == (target, sensitive, "test", 3, True)
+    assert all(x in repr(test) for x in (target, sensitive, "48000", "seed=3")) and test.warm() is test
+
+
+def test_similar_for_many_rows_and_orbits():
+    test = Shapes3D(8, "test", samples=1)
+    x, levels = test.similar([4, 9, 2])
+    assert x.shape == (3, 15, 3, 8, 8) and torch.allclose(x[1], test.similar(9)[0], atol=1e-6) and torch.equal(levels[2], test.similar(2)[1])
+    angles = levels_to_factors(levels[0])[:, 5]
+    turned, factors = test.orbit([4, 9, 2], angles)
+    assert turned.dtype == DOUBLE and torch.allclose(factors, levels_to_factors(levels)) and (turned - x).abs().mean() < 1e-3
+    assert test.orbit(4, torch.tensor([7.3]))[0].shape == (1, 3, 8, 8) and test.orbit(4, torch.tensor([33.]), strict=False)[1][0, 5] == 33
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_of_the_data_set(device):
+    x, levels = Shapes3D(8, "test", samples=1, device=device).batch([0, 5])
+    assert x.device.type == levels.device.type == geometry_frames(8, 1, device=device).device.type == device
+    assert torch.allclose(x.cpu(), Shapes3D(8, "test", samples=1).batch([0, 5])[0], atol=.05)
+
+
 def test_frames_are_kept_once():
-    assert geometry_frames(8, 1) is geometry_frames(8, 1) and Shapes3D(8).batch([0])[0].shape == (1, 3, 8, 8)
+    assert geometry_frames(8, 1) is geometry_frames(size=8, samples=1, device=torch.device("cpu")) is geometry_frames(8, 1, Scene()) and Shapes3D(8).batch([0])[0].shape == (1, 3, 8, 8)
     assert not torch.equal(geometry_frames(8, 1), geometry_frames(8, 1, Scene(fov=60.)))
 
 
@@ -363,6 +441,15 @@ def bad(k, value):
     (lambda: render(torch.zeros(6, dtype=torch.long)), "float tensor"),
     (lambda: render(GOOD, 0), "`size` must be a whole number from 1"),
     (lambda: render(GOOD, 8, samples=17), "`samples` must be a whole number from 1 to 16"),
+    (lambda: render(GOOD.half()), "float32 or float64.*float16"),
+    (lambda: render(bad(5, math.inf), strict=False), "orientation.*inf"),
+    (lambda: camera_rays(torch.zeros(1), 0), "`size` must be a whole number from 1.*0"),
+    (lambda: compose(torch.zeros(2, 5, 4, 4), torch.zeros(1, 3)), "one row per set.*2.*1, 3"),
+    (lambda: Scene(fov=200.), "`fov` must lie between 0 and 180.*200"),
+    (lambda: Scene(wall=-1.), "`wall` is a length"),
+    (lambda: Shapes3D(8, correlated="no"), "`correlated` must be True or False, got 'no'"),
+    (lambda: Shapes3D(8, "test", samples=1)[[.5]], "`rows` must be whole numbers"),
+    (lambda: Shapes3D(8, "test", samples=1).orbit(0, torch.tensor([31.])), "orientation.*31"),
     (lambda: Shapes3D(2000), "`size`.*2000"),
     (lambda: Shapes3D(8, "validation"), "`split` must be one of.*'valid'.*'validation'"),
     (lambda: Shapes3D(8, target="hue"), "`target` must be one of"),
