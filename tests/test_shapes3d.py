@@ -69,7 +69,8 @@ def test_hits_are_where_sphere_tracing_stops(name, seed, r, h, y):
     hit, args, distance = solids(r, h, y)[name]
     o = torch.randn(200, 3, dtype=DOUBLE, generator=gen)
     o = o / o.norm(dim=1, keepdim=True) * 8   # outside of every solid
-    d = vector(0, y + h / 2, 0) + torch.randn(200, 3, dtype=DOUBLE, generator=gen) * .5 - o   # towards the middle
+    middle = {"sphere": vector(.2, y, -.3), "capsule": vector(0, y + r + h / 2, 0)}.get(name, vector(0, y + h / 2, 0))
+    d = middle + r * torch.randn(200, 3, dtype=DOUBLE, generator=gen) - o   # towards the solid
     d = d / d.norm(dim=1, keepdim=True)
     (t, n), (expected, clear) = hit(o, d, *args), march(distance, o, d)
     assert (t.isinf() == expected.isinf())[clear].all() and clear.sum() > 150
