@@ -21,16 +21,16 @@ from scipy.special import betaincc, betaincinv, betaln, ndtr, ndtri
 from scipy.stats import binom
 from torch import Tensor, nn
 
-# %% ../nbs/lib_smoothing.ipynb #41a39a59
+# %% ../nbs/lib_smoothing.ipynb #86aeb2ad
 @dataclass(frozen=True)
 class Certificate:
     """What one method has proved about one individual. Two certificates are equal if all fields but `center` are.
 
     Example: `Certificate("lattice", True, .5, 1., 1., 65).abstained` gives `False`."""
     kind: str                # "randomized", "center", "exact_line", "lattice" or "projection"
-    certified: bool          # is it proved that all similar individuals get the same decision?
-    radius: float            # the code of no similar individual is farther away than this; inf: nothing is proved
-    bound: float             # the classifier does not change its answer within this distance; inf: no classifier was given
+    certified: bool          # is it proved that similar individuals get the same decision (all; "center": each)? Without a head: False
+    radius: float            # similar codes are not farther away than this (all; "center": each); inf: nothing is proved; "randomized": how far similar inputs are
+    bound: float             # the classifier does not change its answer within this distance; inf: it never does, or none was given
     confidence: float        # probability with which the statement holds, over the method's own draws; 1: a proof
     evaluations: int         # how often the function was evaluated; for "exact_line" the number of knots
     abstained: bool = False  # did the method decline to answer?
@@ -38,7 +38,7 @@ class Certificate:
     label: int | None = None                                   # class of the individual, where the method knows it
     center: Tensor | None = field(default=None, compare=False, repr=False)   # its code, [d]
 
-# %% ../nbs/lib_smoothing.ipynb #4e584c7b
+# %% ../nbs/lib_smoothing.ipynb #812a5213
 _U = 2.0 ** -52     # twice the rounding error of one operation in float64: one factor 2 in reserve throughout
 
 
@@ -48,7 +48,7 @@ def _number(name, x, low, high=math.inf, closed=False):
     if (low <= x if closed else low < x) and x < high: return x
     raise ValueError(f"{name} must be a finite number {'>=' if closed else '>'} {low:g}{f' and < {high:g}' if high < math.inf else ''}, got {x}")
 
-
+# %% ../nbs/lib_smoothing.ipynb #632572d7
 def _count(name, n):
     "`n` as a Python integer, at least 1."
     if index(n) >= 1: return index(n)
@@ -87,34 +87,34 @@ def _lower(k, n, alpha):
     "One-sided Clopper-Pearson limit: the mass is larger after `k` of `n`, except with probability `alpha`."
     return np.where(np.asarray(k) > 0, betaincinv(np.fmax(k, .5), n - k + 1, alpha), 0.)
 
-# %% ../nbs/lib_smoothing.ipynb #4b7c8dc0
+# %% ../nbs/lib_smoothing.ipynb #b89cd9ec
 def _labels(h, x, noise, batch_size):
     "Class that `h` gives to every row of `x + noise`."
     parts = []
     with torch.no_grad():
         for s in noise.split(batch_size):
             y = h((x.double().cpu() + s.reshape(-1, *x.shape)).to(x))
-            if torch.is_tensor(y) and y.ndim == 2 and len(y) == len(s):
+            if torch.is_tensor(y) and y.ndim == 2 and len(y) == len(s) and (y.shape[1] > 1 or y.is_floating_point()):   # integers [B, 1]: classes or scores?
                 y = _finite("the scores of h", y).argmax(-1) if y.shape[1] > 1 else (_finite("the scores of h", y)[:, 0] > 0).long()
             if not torch.is_tensor(y) or y.shape != (len(s),) or y.is_floating_point() or y.is_complex() or y.min() < 0:
-                raise ValueError(f"h must return class numbers [{len(s)}] or scores [{len(s)}, C], got {tuple(y.shape) if torch.is_tensor(y) else type(y).__name__}")
+                raise ValueError(f"h must return class numbers [{len(s)}] or scores [{len(s)}, C] (a single column: floating point), got {tuple(y.shape) if torch.is_tensor(y) else type(y).__name__}")
             parts.append(y.cpu().long())
     return torch.cat(parts)
 
-# %% ../nbs/lib_smoothing.ipynb #200886c3
+# %% ../nbs/lib_smoothing.ipynb #6154df7b
 def _enough(n, alpha, radius, sigma):
     "Refuses a number of draws that could not certify `radius` even if all draws agreed."
     p = ndtr(radius / sigma)
-    if p >= 1 - 1e-12: raise ValueError(f"no number of draws certifies radius={radius:g} at sigma={sigma:g}; use a larger sigma")
+    if p >= 1 - 1e-12: raise ValueError(f"no affordable number of draws certifies radius={radius:g} at sigma={sigma:g}; use a larger sigma")
     least = math.floor(math.log(alpha) / math.log(p)) + 1
     if n < least: raise ValueError(f"n={n} draws can not certify radius={radius:g} at alpha={alpha:g} and sigma={sigma:g}, even if all agree; use n >= {least}")
 
-
+# %% ../nbs/lib_smoothing.ipynb #0cc24135
 def _noise(step, seed, size):
     "Standard normal draws; a row depends on the seed, the step and its place only."
     return torch.from_numpy(np.random.default_rng([step, index(seed)]).standard_normal(size))
 
-# %% ../nbs/lib_smoothing.ipynb #8887d7f1
+# %% ../nbs/lib_smoothing.ipynb #a13192eb
 def randomized_smoothing(
     h: Callable,                        # x [B, *shape] -> class numbers [B] or scores [B, C]
     x: Float[Tensor, "*shape"],         # the point, float32 or float64, on any device
@@ -123,7 +123,7 @@ def randomized_smoothing(
     n0: SupportsIndex = 100,            # draws that choose the class
     alpha: SupportsFloat = .001,        # probability of a wrong certificate, in (0, 1)
     radius: SupportsFloat = 0.,         # how far similar individuals may be, >= 0: what is to be certified
-    seed: SupportsIndex = 0,            # same seed, same draws
+    seed: SupportsIndex = 0,            # same seed, same draws; give every person another one, chosen beforehand
     batch_size: SupportsIndex = 10_000, # rows per call of `h`
 ) -> Certificate:                       # `bound` is R of (S.2), `label` the class; certified if `radius` < R
     """Radius within which the majority of `h` under Gaussian noise is constant: Theorem 2, with the limit of Clopper and Pearson.
@@ -247,7 +247,7 @@ def _least(ok):
     while high - low > 1: low, high = (low, mid) if ok(mid := (low + high) // 2) else (mid, high)
     return high
 
-# %% ../nbs/lib_smoothing.ipynb #d781ae93
+# %% ../nbs/lib_smoothing.ipynb #531ca96a
 @lru_cache(maxsize=4096)
 def _held(n, delta, alpha, bound):
     "How many of n draws the first ball must hold; 0 if even half of them are too many to be sure of."
@@ -255,15 +255,39 @@ def _held(n, delta, alpha, bound):
     else: k = int(np.searchsorted(binom.cdf(np.arange(n), n, .5 + delta), alpha / 10, side="right"))
     return k if 2 * k >= n else 0
 
+# %% ../nbs/lib_smoothing.ipynb #0908f924
+def _holds(n, delta, alpha, bound):
+    "Is `_held` positive? In O(1)."
+    if bound == "dkw": return math.exp(-2 * n * delta ** 2) <= alpha / 4
+    return bool(binom.cdf((n + 1) // 2 - 1, n, .5 + delta) <= alpha / 10)
 
-def _refuse(n, n_center, q, delta, alpha, bound, reach):
-    "Refuses numbers of draws with which no run could ever certify anything."
-    held, ranked = lambda m: _held(m, delta, alpha, bound), lambda m: quantile_rank(m, q, reach, bound) <= m
-    if not held(n_center):
-        raise ValueError(f"n_center={n_center} is too small for alpha={alpha:g} and delta={delta:g}: every run would abstain; use n_center >= {_least(lambda m: held(m) and held(m + 1))}")
-    if not ranked(n): raise ValueError(f"n={n} is too small for alpha={alpha:g}: no draw is known to be far enough out to hold the mass {q:.6g}; use n >= {_least(ranked)}")
+# %% ../nbs/lib_smoothing.ipynb #23ac13c9
+def _ranked(n, q, alpha, bound):
+    "Is there an order statistic of n draws that is high enough? In O(1)."
+    if bound == "dkw": return n * q + math.sqrt(n * math.log(1 / alpha) / 2) <= n
+    return n * math.log(q) <= math.log(alpha) if bound == "exact" else bool(_log_wealth(n, n, q) >= -math.log(alpha))
 
-# %% ../nbs/lib_smoothing.ipynb #15d8e5de
+# %% ../nbs/lib_smoothing.ipynb #d529578f
+def _wider(eps, delta, alpha, bound, n=100_000):
+    "The cure for a sigma that is too small: one that `n` draws can serve."
+    low, high = .5 + delta, 1.
+    if not _ranked(n, low, alpha, bound): return "use a smaller delta"
+    for _ in range(50): low, high = (mid, high) if _ranked(n, mid := (low + high) / 2, alpha, bound) else (low, mid)
+    return f"use sigma >= {1.001 * eps / float(ndtri(low) - ndtri(.5 + delta)):.4g} and n={n}"
+
+# %% ../nbs/lib_smoothing.ipynb #4d309137
+def _refuse(n, n_center, q, delta, alpha, bound, reach, eps):
+    "Refuses numbers with which no run could ever certify anything."
+    if q > 1 - 1e-9: raise ValueError(f"sigma is too small for eps={eps:g}: a ball would have to hold all but {1 - q:.1g} of the noise; {_wider(eps, delta, reach, bound)}")
+    if not _holds(n_center, delta, alpha, bound):
+        least = _least(lambda m: _holds(m, delta, alpha, bound) and _holds(m + 1, delta, alpha, bound))
+        raise ValueError(f"n_center={n_center} is too small for alpha={alpha:g} and delta={delta:g}: every run would abstain; use n_center >= {least}")
+    if _ranked(n, q, reach, bound): return
+    least = _least(lambda m: _ranked(m, q, reach, bound))
+    cure = f"use n >= {least}" if least <= 100_000 else f"at least {least} draws are needed; {_wider(eps, delta, reach, bound)}"
+    raise ValueError(f"n={n} is too small for alpha={alpha:g}: no draw is known to be far enough out to hold the mass {q:.6g}; {cure}")
+
+# %% ../nbs/lib_smoothing.ipynb #7a12427b
 def _plan(sigma, eps, n, n_center, alpha, delta, bound, sequential, head):
     "The plan of a run, or a `ValueError` that says which number to change."
     if bound not in ("exact", "dkw"): raise ValueError(f"bound must be 'exact' or 'dkw', got {bound!r}")
@@ -272,25 +296,24 @@ def _plan(sigma, eps, n, n_center, alpha, delta, bound, sequential, head):
     delta = _number("delta", {"dkw": .05}.get(bound, .15 if sequential else .07) if delta is None else delta, 0., .5)
     n, n_center = _count("n", {"dkw": 10_000}.get(bound, 3000) if n is None else n), _count("n_center", {"dkw": 10_000}.get(bound, 1000) if n_center is None else n_center)
     q = float(shifted_mass(.5 + delta, -eps / sigma))
-    if q > 1 - 1e-9: raise ValueError(f"sigma={sigma:g} is too small for eps={eps:g}: a ball would have to hold all but {1 - q:.1g} of the noise; use sigma >= {eps / 5:g}")
     check, reach, bound = (alpha / 4, alpha / 2, bound) if bound == "dkw" else (.45 * alpha, .45 * alpha, "anytime" if sequential else bound)
-    _refuse(n, n_center, q, delta, alpha, bound, reach)
+    _refuse(n, n_center, q, delta, alpha, bound, reach, eps)
     return _Plan(n, n_center, q, _held(n_center, delta, alpha, bound), check, reach, delta, alpha, bound)
 
-# %% ../nbs/lib_smoothing.ipynb #7792876a
+# %% ../nbs/lib_smoothing.ipynb #07fcb40e
 def _heavy(plan, hits, n):
     "Is it proved that the ball has a mass above 1/2 - delta, after `hits` in `n` fresh draws?"
     if plan.bound == "anytime": return bool(_log_wealth(hits, n, .5 - plan.delta) >= -math.log(plan.check))
     low = hits / n - math.sqrt(math.log(1 / plan.check) / 2 / n) if plan.bound == "dkw" else float(_lower(hits, n, plan.check))
     return bool(low >= .5 - plan.delta)
 
-
+# %% ../nbs/lib_smoothing.ipynb #603c2480
 def _nth(plan, d):
     "The order statistic of the distances `d` that bounds the radius; inf if none does."
     k = quantile_rank(len(d), plan.q, plan.reach, plan.bound)
     return float(np.partition(d, k - 1)[k - 1]) if k <= len(d) else math.inf
 
-# %% ../nbs/lib_smoothing.ipynb #e78e69da
+# %% ../nbs/lib_smoothing.ipynb #babd0b53
 def _race(plan, distances, r, tolerated, look=25):
     "Draws in blocks until check and `3 R < tolerated` are settled: R, whether the check passed, draws used."
     d, good, log = np.empty(0), False, lambda misses, q: _log_wealth(misses, len(d), 1 - q)
@@ -301,7 +324,7 @@ def _race(plan, distances, r, tolerated, look=25):
         if good and (3 * R < tolerated or hopeless) or log((d > r).sum(), .5 - plan.delta) >= -math.log(plan.check): break
     return R, good, len(d)
 
-
+# %% ../nbs/lib_smoothing.ipynb #92920746
 def _smooth(plan, codes, head):
     "One run; `codes(step, i, j)` are the codes of draws i to j of a step."
     c, r = _small_ball(codes(1, 0, plan.n_center), plan.held)
@@ -312,9 +335,9 @@ def _smooth(plan, codes, head):
         d, used = distances(2, 0, plan.n), plan.n * (1 + (plan.bound == "dkw"))
         good, R = _heavy(plan, (d <= r).sum(), plan.n), _nth(plan, distances(3, 0, plan.n) if plan.bound == "dkw" else d)
     radius = 3 * R * (1 + (c.numel() + 8) * _U) if good else math.inf
-    return Certificate("center", good and radius < tolerated, radius, tolerated, 1 - plan.alpha, plan.n_center + used, not good, None, label if good else None, c)
+    return Certificate("center", good and head is not None and radius < tolerated, radius, tolerated, 1 - plan.alpha, plan.n_center + used, not good, None, label if good else None, c)
 
-# %% ../nbs/lib_smoothing.ipynb #28896a3d
+# %% ../nbs/lib_smoothing.ipynb #e2d4040e
 def center_smoothing(
     f: Callable,                       # t [B, k] -> codes [B, d]; t = 0 is the individual
     n_dims: SupportsIndex,             # k, the number of attributes
@@ -328,7 +351,7 @@ def center_smoothing(
     sequential: bool = False,          # stop as soon as the head's tolerance is settled
     head: Any = None,                  # nn.Linear, or code [d] -> tolerated distance
     batch_size: SupportsIndex = 1000,  # rows per call of `f`
-    seed: SupportsIndex = 0,           # same seed, same draws
+    seed: SupportsIndex = 0,           # same seed, same draws; give every person another one, chosen beforehand
     like: Tensor | None = None,        # `f` gets this tensor's dtype and device; default float32, CPU
 ) -> Certificate:                      # `radius` is r_CS, `center` the smoothed code
     """Distance from the smoothed code to that of any one similar individual: Theorem 5, for each fixed t with the stated confidence, not for all t at once.
@@ -341,10 +364,10 @@ def center_smoothing(
     draws = [None] + [sigma * _noise(step, seed, (plan.n_center if step == 1 else plan.n, k)) for step in (1, 2, 3)]
     return _smooth(plan, lambda step, i, j: _outputs(f, draws[step][i:j], batch_size, like), head)
 
-# %% ../nbs/lib_smoothing.ipynb #5145fc9f
+# %% ../nbs/lib_smoothing.ipynb #ec859e3e
 def _gamma(n): return (n + 8) * _U      # relative error of a sum of n products, generously
 
-
+# %% ../nbs/lib_smoothing.ipynb #45911ed3
 def _crossings(t, X):
     "Inserts the zeros of every column of `X [m, w]`, linear between the knots `t [m]`: knots, values there, and the largest value that was set to zero."
     up, down, long = X > 0, X < 0, (t[1:] > t[:-1])[:, None]
@@ -358,30 +381,46 @@ def _crossings(t, X):
     order = torch.cat([torch.arange(len(t)), p]).argsort(stable=True)      # within a piece: its left end, then the new knots by t
     return torch.cat([t, new])[order], torch.cat([X, values])[order], missed
 
-# %% ../nbs/lib_smoothing.ipynb #b1397c42
+# %% ../nbs/lib_smoothing.ipynb #8729036f
+_STOCK = nn.Sequential, nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.BatchNorm1d, nn.Dropout
+
+
 def _leaves(net):
-    "The layers of a network, nested `Sequential`s opened."
+    "The layers of a network, nested `Sequential`s opened; refuses what does not compute what its class in torch computes."
+    stock = next((c for c in _STOCK if isinstance(net, c)), type(net))
+    own = type(net).forward is not stock.forward or type(net).__call__ is not nn.Module.__call__ or "forward" in vars(net)
+    if own or net._forward_hooks or net._forward_pre_hooks:
+        raise ValueError(f"net holds a {type(net).__name__} with {'a forward of its own' if own else 'hooks'}, so its layers do not tell what it computes; rewrite it with torch's own layers and remove hooks (weight_norm: of torch.nn.utils.parametrizations)")
     return [leaf for child in net for leaf in _leaves(child)] if isinstance(net, nn.Sequential) else [net]
 
-
+# %% ../nbs/lib_smoothing.ipynb #35173378
 def _as_affine(layer):
-    "Weight (a vector if it is diagonal) and bias of a layer that is affine, float64; None if it is none."
+    "Weight (a vector if it is diagonal) and bias of an affine layer, float64, and bounds of the norms of their errors; None if it is none."
     tensor = lambda x: _finite(f"a parameter of {layer}", x.detach()).double().cpu()
-    if isinstance(layer, nn.Linear): return tensor(layer.weight), torch.zeros(layer.out_features, dtype=torch.float64) if layer.bias is None else tensor(layer.bias)
+    if isinstance(layer, nn.Linear): return tensor(layer.weight), torch.zeros(layer.out_features, dtype=torch.float64) if layer.bias is None else tensor(layer.bias), 0., 0.
     if not isinstance(layer, nn.BatchNorm1d) or layer.training or layer.running_var is None: return None
     scale = (tensor(layer.running_var) + layer.eps).rsqrt() * (1. if layer.weight is None else tensor(layer.weight))
-    return scale, (0. if layer.bias is None else tensor(layer.bias)) - scale * tensor(layer.running_mean)
+    mean, bias = scale * tensor(layer.running_mean), torch.zeros_like(scale) if layer.bias is None else tensor(layer.bias)
+    return scale, bias - mean, _gamma(0) * float(scale.norm()), _gamma(0) * float((bias.abs() + mean.abs()).norm())
 
-# %% ../nbs/lib_smoothing.ipynb #a7e211fb
+# %% ../nbs/lib_smoothing.ipynb #ae549993
+def _times(W, V):
+    "Product of two matrices of which one or both may be diagonal (vectors)."
+    return W @ V if W.ndim == V.ndim == 2 else W[:, None] * V if V.ndim == 2 else W * V
+
+# %% ../nbs/lib_smoothing.ipynb #fe9446fa
 def _after(outer, inner):
-    "Two affine maps as one; diagonal ones stay vectors, so that BatchNorm costs no matrix product."
-    (W, b), (V, c) = outer, inner
-    if W.ndim == 1: return (W[:, None] * V if V.ndim == 2 else W * V), W * c + b
-    return (W @ V if V.ndim == 2 else W * V), W @ c + b
+    "Two affine maps as one, with their errors; diagonal ones stay vectors, so that BatchNorm costs no matrix product."
+    (W, b, dW, db), (V, c, dV, dc), g = outer, inner, _gamma(len(inner[0]))
+    size = lambda W: float(W.norm() if W.ndim == 2 else W.abs().max())
+    apply = lambda W, c: _times(W, c[:, None])[:, 0]
+    matrix = g * float(_times(W.abs(), V.abs()).norm()) + size(W) * dV + dW * (size(V) + dV)
+    constant = g * float((apply(W.abs(), c.abs()) + b.abs()).norm()) + size(W) * dc + dW * (float(c.norm()) + dc) + db
+    return _times(W, V), apply(W, c) + b, matrix, constant
 
-
+# %% ../nbs/lib_smoothing.ipynb #fa991868
 def _fold(net):
-    "A network as affine maps (W, b) with ReLUs between them, and whether a ReLU follows the last one."
+    "A network as affine maps (W, b, errors of both) with ReLUs between them, and whether a ReLU follows the last one."
     maps, joins = [], False                              # joins: no ReLU since the last map
     for layer in _leaves(net):
         affine = _as_affine(layer)
@@ -390,32 +429,66 @@ def _fold(net):
         elif not (isinstance(layer, (nn.Flatten, nn.Identity)) or isinstance(layer, nn.Dropout) and (not layer.training or layer.p == 0)):
             cure = "call net.eval() first" if layer.training and isinstance(layer, (nn.BatchNorm1d, nn.Dropout)) else "use lattice_smoothing or center_smoothing"
             raise ValueError(f"net may hold Linear, ReLU, Flatten, Identity, and in eval mode BatchNorm1d and Dropout, beginning with a Linear; it holds {layer}: {cure}")
-    if maps: return [(torch.diag(W) if W.ndim == 1 else W, b) for W, b in maps], not joins
+    if maps: return [(torch.diag(W) if W.ndim == 1 else W, *rest) for W, *rest in maps], not joins
     raise ValueError("net holds no Linear layer, so there is nothing to certify")
 
-# %% ../nbs/lib_smoothing.ipynb #fdcea88b
+# %% ../nbs/lib_smoothing.ipynb #91492578
 @dataclass(frozen=True, eq=False)
 class _Net:
     "A folded network with what its error bounds need."
     maps: list
+    off: list                 # error of every map by merging: Frobenius norm, norm of the constant
     last: bool                # does a ReLU follow the last map?
     fro: list                 # Frobenius norms
     op: list                  # upper bounds of the operator norms
     second: Tensor | None     # weights of the second map, transposed, in the order in which they are read
 
+# %% ../nbs/lib_smoothing.ipynb #1871da16
+def _norm4(W):
+    "Upper bound of the operator norm, up to rounding; scaled, so that powers of small weights do not vanish."
+    W = W / (top := max(float(W.abs().max()), 1e-300))
+    G = W @ W.T if len(W) <= W.shape[1] else W.T @ W
+    return top * float((G @ G).norm()) ** .25
+
 
 def _prepare(net):
     "The folded network with its norms."
-    (maps, last), norm4 = _fold(net), lambda W: float(((G := W @ W.T if len(W) <= W.shape[1] else W.T @ W) @ G).norm()) ** .25
-    op = [math.inf] + [min(float(W.norm()), norm4(W)) * (1 + 1e-9) for W, _ in maps[1:]]      # the first map meets no earlier error
-    return _Net(maps, last, [float(W.norm()) for W, _ in maps], op, maps[1][0].T.contiguous() if len(maps) > 1 else None)
+    folded, last = _fold(net)
+    maps, off, fro = [m[:2] for m in folded], [m[2:] for m in folded], [float(m[0].norm()) for m in folded]
+    op = fro[:1] + [min(f, _norm4(W)) * (1 + 1e-9) for f, (W, _) in zip(fro[1:], maps[1:])]      # the first map meets no earlier error
+    return _Net(maps, off, last, fro, op, maps[1][0].T.contiguous() if len(maps) > 1 else None)
 
-
+# %% ../nbs/lib_smoothing.ipynb #c479e6f4
 def _error(net, k, e, size, n):
     "Error after map `k`, from the error `e` before it and inputs of norm at most `size`."
-    return net.op[k] * e + _gamma(n) * (net.fro[k] * size + float(net.maps[k][1].norm()))
+    dW, db = net.off[k]
+    return net.op[k] * e + _gamma(n) * (net.fro[k] * size + float(net.maps[k][1].norm())) + dW * (size + e) + db
 
-# %% ../nbs/lib_smoothing.ipynb #fc5fd2e0
+# %% ../nbs/lib_smoothing.ipynb #4aaa4f9e
+def _own_value(net, z):
+    "What `net` itself answers at `z [n]`, and a bound of its rounding errors, entry by entry."
+    p = next(net.parameters())
+    x, u = z.double().cpu(), torch.finfo(p.dtype).eps if torch.get_float32_matmul_precision() == "highest" else 2. ** -7
+    e = u * x.abs()
+    for layer in _leaves(net):
+        if affine := _as_affine(layer):
+            W, b, _, db = affine
+            e, size = _times(W.abs(), torch.stack([e, x.abs()], 1)).T
+            e, x = e + (len(x) + 16) * u * (size + b.abs() + db / _gamma(0)), _times(W, x[:, None])[:, 0] + b
+        elif isinstance(layer, nn.ReLU): x = x.clamp(min=0)
+    with torch.no_grad(): return net(z.to(p)[None]).double().cpu().reshape(-1), e
+
+# %% ../nbs/lib_smoothing.ipynb #7c8a0f70
+def _compare(net, folded, z):
+    "Refuses a network whose own answer at `z [n]` is not that of the folded one, up to rounding."
+    h, e, (own, rounding) = z.double().cpu(), 0., _own_value(net, z)
+    for k, (W, b) in enumerate(folded.maps):
+        e, h = _error(folded, k, e, float(h.norm()), len(h)), W @ h + b
+        if k < len(folded.maps) - 1 or folded.last: h = h.clamp(min=0)
+    if own.shape != h.shape or not ((own - h).abs() <= 2 * rounding + e).all():
+        raise ValueError("net does not compute what its layers say (its own answer at z differs from theirs by more than rounding); remove what changes it, or use lattice_smoothing or center_smoothing")
+
+# %% ../nbs/lib_smoothing.ipynb #360192ca
 def _first_knots(u, v, eps):
     "Where the units `u + t v` pass through zero within [-eps, eps], and -eps, 0, eps: sorted, with the unit (-1: none)."
     t = -u / v
@@ -424,10 +497,10 @@ def _first_knots(u, v, eps):
     order = t.argsort()
     return t[order], j[order]
 
-
+# %% ../nbs/lib_smoothing.ipynb #f0a9ba8b
 def _second_plain(t, u, v, W, b): return torch.addmm(b, (u + t[:, None] * v).clamp(min=0), W.T)
 
-# %% ../nbs/lib_smoothing.ipynb #55f0734a
+# %% ../nbs/lib_smoothing.ipynb #c7a1b573
 def _second_fast(t, j, u, v, WT, b, block=64):
     "Sums of the second layer at the knots of the first, [m, w2], and a bound of their rounding error beyond that of one product."
     place = j.new_full((len(u),), len(t)).scatter(0, j[j >= 0], (j >= 0).nonzero()[:, 0])       # at which knot does each unit flip?
@@ -442,9 +515,9 @@ def _second_fast(t, j, u, v, WT, b, block=64):
         torch.mul(S.cumsum_(0)[:-1], t[s:e].diff()[:, None], out=X[s + 1:e])
         X[s:e] = X[s:e].cumsum(0)
     length = t[(first + block).clamp(max=len(t) - 1)] - t[first]
-    return X, _gamma(2 * block) * float((values.norm(dim=-1) + length * (slopes.norm(dim=-1) + (jump * WT.norm(dim=1)[j]).sum())).max())
+    return X, _gamma(6 * block) * float((values.norm(dim=-1) + length * (slopes.norm(dim=-1) + (jump * WT.norm(dim=1)[j]).sum())).max())
 
-# %% ../nbs/lib_smoothing.ipynb #c5c2e1ef
+# %% ../nbs/lib_smoothing.ipynb #890c63b1
 def _knots(net, u, v, eps, e):
     "Knots `t [m]`; the last layer before the last map, there `[m, w]`; the error of the line through it; the number of the map that is left, or None."
     depth, size = len(net.maps) - (not net.last), float(u.norm() + eps * v.norm())
@@ -460,7 +533,7 @@ def _knots(net, u, v, eps, e):
         H = X.clamp_(min=0)
     return t, H, e, depth if 0 < depth < len(net.maps) else None
 
-
+# %% ../nbs/lib_smoothing.ipynb #62f9994e
 def _line(net, z, a, eps):
     "Start [B, w] and direction [w] of the segments in the first layer, their length and error; refuses what is no segment."
     eps, (W, b) = _number("eps", eps, 0., closed=True), net.maps[0]
@@ -468,7 +541,16 @@ def _line(net, z, a, eps):
     if not _finite("a", a).any(): raise ValueError("a is zero, so it has no direction; give the attribute vector")
     if len(a) != W.shape[1]: raise ValueError(f"z and a have {len(a)} entries, but the first layer of net takes {W.shape[1]}")
     Z, a = torch.atleast_2d(_finite("z", z)).double().cpu(), a.double().cpu()
-    return torch.addmm(b, Z, W.T), W @ a, eps, (_gamma(len(a)) * (net.fro[0] * (Z.norm(dim=-1) + eps * a.norm()) + b.norm())).tolist()
+    size, (dW, db) = Z.norm(dim=-1) + eps * a.norm(), net.off[0]
+    return torch.addmm(b, Z, W.T), W @ a, eps, (_gamma(len(a)) * (net.fro[0] * size + b.norm()) + dW * size + db).tolist()
+
+# %% ../nbs/lib_smoothing.ipynb #52d54d69
+def _start(net, z, a, eps):
+    "The folded network, compared with `net` itself, and its `_line`."
+    folded = _prepare(net)
+    line = _line(folded, z, a, eps)
+    if len(line[0]): _compare(net, folded, torch.atleast_2d(z)[0])
+    return folded, *line
 
 # %% ../nbs/lib_smoothing.ipynb #9cf6d0d1
 @dataclass(frozen=True, eq=False)
@@ -480,7 +562,7 @@ class LinePath:
     values: Float[Tensor, "m d"]  # the code there; linear between two knots
     error: float                  # the true code is nowhere farther from this line than that (Euclidean)
 
-# %% ../nbs/lib_smoothing.ipynb #a39b13e1
+# %% ../nbs/lib_smoothing.ipynb #d2b76206
 def line_path(
     net: nn.Module,              # Sequential of Linear and ReLU (also Flatten, Identity; in eval mode BatchNorm1d, Dropout)
     z: Float[Tensor, "n"],       # the individual
@@ -492,14 +574,13 @@ def line_path(
     Raises `ValueError` for other layers (named), a zero direction, NaN, shapes that do not fit. Cost: a matrix product of m rows per layer from the third on, float64.
 
     Example: `line_path(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(2), torch.ones(2), 0.).values.shape` gives `(3, 3)`."""
-    net = _prepare(net)
-    U, v, eps, e = _line(net, z, a, eps)
+    net, U, v, eps, e = _start(net, z, a, eps)
     t, H, e, k = _knots(net, U[0], v, eps, e[0])
     if k is None: return LinePath(t, H, e)
     W, b = net.maps[k]
     return LinePath(t, torch.addmm(b, H, W.T), _error(net, k, e, float(H.norm(dim=-1).max()), W.shape[1]))
 
-# %% ../nbs/lib_smoothing.ipynb #0c205999
+# %% ../nbs/lib_smoothing.ipynb #926e95cc
 def _supremum(net, k, t, H, at_0, skip=16):
     "Largest distance of the code from that at knot `at_0`, over all knots."
     D = H - H[at_0]
@@ -511,7 +592,7 @@ def _supremum(net, k, t, H, at_0, skip=16):
     limit = torch.maximum(far[left], far[left + 1]) + net.op[k] * D.sub(torch.lerp(D[a], D[b], s[:, None])).norm(dim=-1)
     return float(torch.cat([far, (D[limit >= far.max()] @ W.T).norm(dim=-1)]).max())
 
-
+# %% ../nbs/lib_smoothing.ipynb #ecb48ae0
 def _decide(net, k, t, H, e, head, label, at_0):
     "Does the linear head answer `label` on the whole path? Whether that is proved, and a `t` where another class is proved; neither if the label at 0 is not."
     W, b = _rows(head)
@@ -522,7 +603,7 @@ def _decide(net, k, t, H, e, head, label, at_0):
     worst, at = (lead + slack).amin(-1).min(0)
     return bool((lead > slack).all()), (float(t[at]),) if worst < 0 and (lead[at_0] > slack).all() else None
 
-# %% ../nbs/lib_smoothing.ipynb #cfa8c6b4
+# %% ../nbs/lib_smoothing.ipynb #763df586
 def _certify_line(net, u, v, eps, e, head):
     "The certificate of one segment."
     t, H, e, k = _knots(net, u, v, eps, e)
@@ -531,11 +612,11 @@ def _certify_line(net, u, v, eps, e, head):
     if k is not None: e, size = _error(net, k, e, size, H.shape[1]), net.fro[k] * size + float(net.maps[k][1].norm())
     radius = (_supremum(net, k, t, H, at_0) + 2 * e) * (1 + _gamma(len(c))) if eps > 0 else 0.
     label, tolerated = _tolerance(head, c)
-    if label is None: proved, bad = radius < tolerated, None
+    if label is None: proved, bad = head is not None and radius < tolerated, None
     else: proved, bad = _decide(net, k, t, H, e + _gamma(H.shape[1] + len(c)) * size, head, label, at_0)
     return Certificate("exact_line", proved, radius, tolerated, 1., len(t), label is not None and not proved and bad is None, bad, label, c)
 
-# %% ../nbs/lib_smoothing.ipynb #98255573
+# %% ../nbs/lib_smoothing.ipynb #333b65ce
 def exact_line(
     net: nn.Module,                  # Sequential of Linear and ReLU (also Flatten, Identity; in eval mode BatchNorm1d, Dropout)
     z: Float[Tensor, "*batch n"],    # one individual [n], or several [B, n]
@@ -549,8 +630,7 @@ def exact_line(
     up to rounding. Raises `ValueError` as `line_path`. Cost: as `line_path`; the first layer is one product for all rows.
 
     Example: `exact_line(nn.Identity(), torch.ones(2), torch.ones(2), 1.)` raises `ValueError`."""
-    folded = _prepare(net)
-    U, v, eps, e = _line(folded, z, a, eps)
+    folded, U, v, eps, e = _start(net, z, a, eps)
     found = [_certify_line(folded, u, v, eps, error, head) for u, error in zip(U, e)]
     return found if z.ndim == 2 else found[0]
 
@@ -583,14 +663,16 @@ def _cells(tau, eps, width, step, refine):
     overlap = torch.minimum(t[:, None] + width, edges[1:]) - torch.maximum(t[:, None] - width, edges[:-1])
     return step * j, t, overlap.clamp(min=0) / (2 * width)
 
-# %% ../nbs/lib_smoothing.ipynb #00c0fa5d
+# %% ../nbs/lib_smoothing.ipynb #8697ec5d
 def _corners(ts, tau, eps):
     "Of the grid `ts`: which points are corners of cells that meet the ball of radius `eps` around `tau`, and which lie in it."
     add = lambda parts: sum(x.square().reshape([-1 if i == k else 1 for i in range(len(parts))]) for k, x in enumerate(parts))
-    meets = add([torch.maximum((t[:-1] - c).clamp(min=0), (c - t[1:]).clamp(min=0)) for t, c in zip(ts, tau)]) <= eps ** 2 * (1 + 1e-12)
-    meets = torch.nn.functional.pad(meets, [1, 1] * len(ts))
-    for i, n in enumerate(meets.shape): meets = meets.narrow(i, 0, n - 1) | meets.narrow(i, 1, n - 1)
-    return meets, add([t - c for t, c in zip(ts, tau)]) <= eps ** 2
+    cells = [(t[:-1], t[1:]) if len(t) > 1 else (t, t) for t in ts]        # eps = 0: the cell is a point
+    meets = add([torch.maximum((low - c).clamp(min=0), (c - high).clamp(min=0)) for (low, high), c in zip(cells, tau)]) <= eps ** 2 * (1 + 1e-12)
+    for i, t in enumerate(ts):
+        none = torch.zeros_like(meets.narrow(i, 0, 1))
+        if len(t) > 1: meets = torch.cat([meets, none], i) | torch.cat([none, meets], i)
+    return meets, torch.ones_like(meets) if len(ts) == 1 else add([t - c for t, c in zip(ts, tau)]) <= eps ** 2
 
 # %% ../nbs/lib_smoothing.ipynb #3da24865
 def _vote(head, V, inside, t, error, label):
@@ -603,7 +685,7 @@ def _vote(head, V, inside, t, error, label):
     sure = (lead[(t == 0).all(-1)] > slack).all()
     return bool((lead > slack).all()), tuple(t[wrong.argmin()].tolist()) if sure and wrong.min() < 0 else None
 
-# %% ../nbs/lib_smoothing.ipynb #4d18cb08
+# %% ../nbs/lib_smoothing.ipynb #a1f239f2
 def _average(f, tau, eps, width, step, refine, batch_size, like):
     "Grid of bends per axis, averages there [T1, ..., Tk, d], number of evaluations, and the rounding error of the averages."
     points, ts, weights = zip(*[_cells(float(c), eps, width, step, refine) for c in tau])
@@ -612,15 +694,15 @@ def _average(f, tau, eps, width, step, refine, batch_size, like):
     for axis, w in enumerate(weights): mean = torch.tensordot(w, mean, dims=([1], [axis])).movedim(0, axis)
     return ts, mean, len(lattice), _gamma(4 * sum(map(len, points))) * (1 + float(tau.abs().max() + eps + width) / width) * float(F.norm(dim=-1).max())
 
-
+# %% ../nbs/lib_smoothing.ipynb #8930304e
 def _certify_lattice(ts, mean, n, error, tau, eps, head, slack):
     "The certificate from the averages at the bends."
     corners, inside = _corners(ts, tau, eps)
     c, V = mean[tuple(int((t == x).nonzero()[0, 0]) for t, x in zip(ts, tau))], mean[corners]
     radius = (float((V - c).norm(dim=-1).max()) + 2 * error) * (1 + _gamma(len(c))) + slack if eps > 0 else slack
     label, tolerated = _tolerance(head, c)
-    if label is None: return Certificate("lattice", radius < tolerated, radius, tolerated, 1., n, False, None, label, c)
-    t = (torch.cartesian_prod(*ts).reshape(*corners.shape, -1) - tau)[corners]
+    if label is None: return Certificate("lattice", head is not None and radius < tolerated, radius, tolerated, 1., n, False, None, label, c)
+    t = (torch.cartesian_prod(*ts).reshape(*corners.shape, -1) - tau)[corners].clamp(-eps, eps)
     proved, bad = _vote(head, V, inside[corners], t, error + slack, label)
     return Certificate("lattice", proved, radius, tolerated, 1., n, not proved and bad is None and len(ts) == 1, bad, label, c)
 
@@ -647,7 +729,7 @@ def lattice_smoothing(
     if not 1 <= len(tau) <= 3: raise ValueError(f"lattice_smoothing takes 1 to 3 attributes, got {len(tau)}; the cost of center_smoothing does not grow with their number")
     return _certify_lattice(*_average(f, tau, eps, width, step, _count("refine", refine), _count("batch_size", batch_size), like), tau, eps, head, slack)
 
-# %% ../nbs/lib_smoothing.ipynb #eb617e9b
+# %% ../nbs/lib_smoothing.ipynb #542a4b68
 def projection_certificate(
     f: Callable,                     # z [B, n] -> codes [B, d]
     z: Float[Tensor, "n"],           # the individual
@@ -663,4 +745,4 @@ def projection_certificate(
     rest = line_coordinates(z, a)[1]
     c = _outputs(f, rest[None], 1, rest if like is None else like)[0]
     label, tolerated = _tolerance(head, c)
-    return Certificate("projection", tolerated > 0, 0., tolerated, 1., 1, False, None, label, c)
+    return Certificate("projection", head is not None and tolerated > 0, 0., tolerated, 1., 1, False, None, label, c)

@@ -1,5 +1,6 @@
 """`fairbook.smoothing`: certificates that are sound, exact where they say so, hold as often as they say, and refuse what they can not certify."""
 import math
+from decimal import Decimal, getcontext
 from fractions import Fraction
 from itertools import combinations
 
@@ -302,6 +303,59 @@ def test_proposition_6_against_rational_arithmetic(seed, last, eps, depth):
     assert np.allclose(np.unique(path.t.numpy().round(9)), np.unique(np.array([float(t) for t in ts]).round(9)), atol=1e-8)
 
 
+# Merging two maps rounds as well: products that cancel, and a BatchNorm whose mean is far from 0.
+
+def cancelling():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)).double()
+    net[0].weight.data, net[1].weight.data = F64.new_tensor([[.1e8], [.3e8]]), F64.new_tensor([[.3, -.1]])
+    return net
+
+
+def test_the_rounding_of_merged_maps_is_in_the_radius():
+    net = cancelling()
+    (p, q), (r, s) = ([Fraction(x) for x in w.flatten().tolist()] for w in (net[0].weight, net[1].weight))
+    slope = abs(p * r + q * s)                                               # in rational arithmetic
+    c = exact_line(net, F64.new_ones(1), F64.new_ones(1), 1.)
+    assert slope > Fraction(1, 10**10) and slope <= Fraction(c.radius) and c.radius < 1e-6
+    path = line_path(net, F64.new_ones(1), F64.new_ones(1), 1.)
+    assert all(abs(Fraction(v) - (1 + Fraction(t)) * (p * r + q * s)) <= Fraction(path.error) for t, v in zip(path.t.tolist(), path.values[:, 0].tolist()))
+
+
+@pytest.mark.parametrize("bias", [1e-10, -1e-10, 1e-5])
+def test_a_decision_within_the_rounding_of_merged_maps_is_not_certified(bias):
+    net, head = cancelling(), nn.Linear(1, 1).double()
+    head.weight.data, head.bias.data = F64.new_tensor([[1.]]), F64.new_tensor([bias])
+    (p, q), (r, s) = ([Fraction(x) for x in w.flatten().tolist()] for w in (net[0].weight, net[1].weight))
+    scores = [Fraction(t) * (p * r + q * s) + Fraction(bias) for t in (-1, 0, 1)]
+    fair = min(scores) > 0 or max(scores) < 0
+    c = exact_line(net, F64.new_zeros(1), F64.new_ones(1), 1., head=head)
+    assert c.certified <= fair and (bias == 1e-5) == c.certified == fair and (c.certified or c.abstained or c.counterexample)
+
+
+def test_the_rounding_of_batchnorm_is_in_the_error():
+    getcontext().prec = 60
+    net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)).double().eval()
+    net[0].weight.data, net[0].bias.data = F64.new_ones(1, 1), F64.new_tensor([1e7 + .3])
+    net[1].running_mean, net[1].running_var = F64.new_tensor([1e7]), F64.new_tensor([.7])
+    scale = 1 / (Decimal(net[1].running_var.item()) + Decimal(net[1].eps)).sqrt()
+    path = line_path(net, F64.new_zeros(1), F64.new_ones(1), 1.)
+    off = max(abs(Decimal(v) - scale * (Decimal(t) + Decimal(1e7 + .3) - Decimal(1e7))) for t, v in zip(path.t.tolist(), path.values[:, 0].tolist()))
+    assert Decimal("1e-10") < off <= Decimal(path.error) and path.error < 1e-6
+
+
+@settings(max_examples=25)
+@given(seeds, st.booleans())
+def test_merged_maps_against_rational_arithmetic(seed, cancel):
+    net, _, z, a = case(seed, (3, 6, 5, 4))
+    net = nn.Sequential(net[0], net[2], nn.ReLU(), net[4], nn.Linear(4, 2).double())
+    if cancel: net[0].weight.data[3:], net[0].bias.data[3:], net[1].weight.data[:, 3:] = 1e9 * net[0].weight.data[:3], 1e9 * net[0].bias.data[:3], -net[1].weight.data[:, :3] / 1e9
+    head = nn.Linear(2, 2).double()
+    _, squared, fair, label = exact_fractions(net, head, z, a, 1.)
+    c = exact_line(net, z, a, 1., head=head)
+    assert squared <= Fraction(c.radius) ** 2 and c.radius <= math.sqrt(squared) + (1e-4 if cancel else 1e-9)
+    assert c.abstained or c.certified == fair and c.label == label
+
+
 @settings(max_examples=60)
 @given(seeds, st.booleans(), st.integers(1, 3), st.sampled_from([(1., 1.), (1e6, 1.), (1., 1e-10), (1e-4, 2.)]))
 def test_ties_and_extreme_sizes_are_decided_rightly_or_not_at_all(seed, last, depth, sizes):
@@ -521,7 +575,7 @@ LATTICE = lambda f=lambda s: s, tau=(0.,), **kw: lattice_smoothing(f, list(tau),
 COHEN = lambda h=lambda x: x[:, 0] > 0, x=torch.zeros(1), **kw: randomized_smoothing(h, x, **dict(sigma=1.) | kw)
 BAD = {
     "sigma = 0": (lambda: CENTER(sigma=0.), "sigma must be"), "sigma < 0": (lambda: COHEN(sigma=-1.), "sigma must be"), "sigma NaN": (lambda: CENTER(sigma=math.nan), "sigma must be"),
-    "sigma too small": (lambda: CENTER(sigma=.01), "sigma >= 0.2"), "radius out of reach": (lambda: COHEN(sigma=.01, radius=1.), "larger sigma"),
+    "sigma too small": (lambda: CENTER(sigma=.01), "use sigma >= "), "delta too large": (lambda: CENTER(delta=.4999999, sigma=.1), "smaller delta"), "radius out of reach": (lambda: COHEN(sigma=.01, radius=1.), "larger sigma"),
     "eps < 0": (lambda: CENTER(eps=-.1), "eps must be"), "eps < 0, line": (lambda: exact_line(RELU, ONE, ONE, -1.), "eps must be"), "eps < 0, lattice": (lambda: LATTICE(eps=-1.), "eps must be"),
     "eps infinite": (lambda: exact_line(RELU, ONE, ONE, math.inf), "eps must be"),
     "alpha = 0": (lambda: CENTER(alpha=0.), "alpha must be"), "alpha = 1": (lambda: COHEN(alpha=1.), "alpha must be"), "alpha, rank": (lambda: quantile_rank(5, .5, 2.), "alpha must be"),
@@ -533,7 +587,7 @@ BAD = {
     "f of wrong shape": (lambda: CENTER(lambda t: t[:, 0]), r"f must map a batch \[1000, 1\]"), "f loses rows": (lambda: CENTER(lambda t: t[1:]), "f must map"), "f gives no tensor": (lambda: CENTER(lambda t: 1.), "got float"),
     "f NaN": (lambda: CENTER(lambda t: t / 0 * 0), "NaN"), "f NaN, lattice": (lambda: LATTICE(lambda s: s.log()), "NaN"),
     "h of wrong shape": (lambda: COHEN(lambda x: x[:, :, None]), "class numbers"), "h of floats": (lambda: COHEN(lambda x: x[:, 0]), "class numbers"), "h negative": (lambda: COHEN(lambda x: -torch.ones(len(x)).long()), "class numbers"),
-    "h NaN": (lambda: COHEN(lambda x: torch.cat([x, x / 0 * 0], 1)), "NaN"), "x NaN": (lambda: COHEN(x=torch.tensor([math.nan])), "x holds NaN"),
+    "h of classes in a column": (lambda: COHEN(lambda x: (x > 0).long()), "single column: floating point"), "h NaN": (lambda: COHEN(lambda x: torch.cat([x, x / 0 * 0], 1)), "NaN"), "x NaN": (lambda: COHEN(x=torch.tensor([math.nan])), "x holds NaN"),
     "tanh": (lambda: exact_line(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), ONE, ONE, 1.), r"Tanh\(\).*lattice_smoothing"), "relu first": (lambda: exact_line(nn.ReLU(), ONE, ONE, 1.), "beginning with a Linear"),
     "conv": (lambda: line_path(nn.Sequential(nn.Conv1d(1, 1, 1)), ONE, ONE, 1.), "Conv1d"), "batchnorm training": (lambda: exact_line(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), ONE, ONE, 1.), "net.eval"),
     "dropout training": (lambda: exact_line(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), ONE, ONE, 1.), "net.eval"), "empty net": (lambda: exact_line(nn.Sequential(), ONE, ONE, 1.), "no Linear"),
@@ -546,6 +600,93 @@ BAD = {
     "four attributes": (lambda: LATTICE(tau=(0., 0., 0., 0.)), "1 to 3 attributes, got 4"), "no attribute": (lambda: LATTICE(tau=()), "got 0"), "width": (lambda: LATTICE(width=0.), "width must be"), "step": (lambda: LATTICE(step=-1.), "step must be"),
     "slack": (lambda: LATTICE(slack=-1.), "slack must be"), "refine": (lambda: LATTICE(refine=0), "refine must be"), "tau NaN": (lambda: LATTICE(tau=(math.nan,)), "tau holds NaN"),
 }
+
+
+class Residual(nn.Sequential):
+    def forward(self, x): return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x): return 2 * super().forward(x)
+
+
+def altered(change, net=None):
+    "A network that does not compute what its layers say."
+    net = net or nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    change(net)
+    return net
+
+
+ALTERED = {
+    "residual": lambda: nn.Sequential(Residual(nn.Linear(2, 2), nn.ReLU())), "residual at the top": lambda: Residual(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), "subclass of Linear": lambda: nn.Sequential(Doubled(2, 2)),
+    "hook": lambda: altered(lambda net: net[0].register_forward_hook(lambda m, x, y: y + 1)), "hook on the whole": lambda: altered(lambda net: net.register_forward_hook(lambda m, x, y: 2 * y)),
+    "pre-hook": lambda: altered(lambda net: net[2].register_forward_pre_hook(lambda m, x: (x[0] + 1,))), "forward of one object": lambda: altered(lambda net: setattr(net[2], "forward", lambda x: x[:, :2])),
+    "a hook's stale weight": lambda: altered(lambda net: nn.utils.spectral_norm(net[0])),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+@pytest.mark.parametrize("certify", [exact_line, line_path])
+def test_a_network_that_does_something_else_is_refused(name, certify):
+    with pytest.raises(ValueError, match="forward of its own|hooks"): certify(ALTERED[name](), ONE, ONE, 1.)
+
+
+def test_what_escapes_the_inspection_is_seen_in_the_value():
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    hook = nn.modules.module.register_module_forward_hook(lambda m, x, y: y + .01 if m is net[2] else None)
+    try:
+        with pytest.raises(ValueError, match="its own answer"): exact_line(net, ONE, ONE, 1.)
+    finally: hook.remove()
+    assert exact_line(net, ONE, ONE, 1.).radius < math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_of_the_networks_own_precision_is_no_reason_to_refuse(dtype):
+    for seed in range(20):
+        net, _, z, a = case(seed, (40, 60, 30, 5))
+        net = nn.Sequential(net[0], nn.BatchNorm1d(60).double(), *net[1:])
+        net[1].running_mean, net[1].running_var = 100 * torch.randn(60).double(), 1e-3 + torch.rand(60).double()
+        assert exact_line(net.to(dtype).eval(), z, a, 1.).radius < math.inf
+    parametrized = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(40, 3)))
+    assert exact_line(parametrized, z, a, 1.).radius < math.inf
+
+
+def test_without_a_head_nothing_is_decided():
+    net, _, z, a = case(4)
+    for c in (exact_line(net, z, a, 1.), CENTER(), LATTICE(), projection_certificate(net, z, a)): assert not c.certified and c.bound == math.inf and c.radius < math.inf
+    for c in (exact_line(net, z, a, 1., head=lambda c: math.inf), CENTER(head=lambda c: math.inf), LATTICE(head=lambda c: math.inf)): assert c.certified
+
+
+@pytest.mark.parametrize("tau", [(.3,), (.3, -.2), (.1, .2, .3)])
+def test_a_lattice_with_eps_0_decides_at_the_point(tau):
+    f, head = wave(0, len(tau)), nn.Linear(4, 2).double()
+    for slack in (0., .01):
+        c = lattice_smoothing(f, list(tau), eps=0., width=.4, step=.2, refine=2, head=head, slack=slack, like=F64)
+        assert c.radius == slack and c.certified == (c.bound > slack) and c.label == int(head(c.center).argmax()) and c.counterexample is None
+        assert lattice_smoothing(f, list(tau), eps=0., width=.4, step=.2, slack=slack, like=F64).radius == slack
+
+
+def test_a_counterexample_at_either_end_is_returned():
+    "The averaged code is tau itself, the decision changes between 0 and eps: only an end point can be the counterexample."
+    for tau in np.random.default_rng(0).normal(size=200):
+        for sign in (1., -1.):
+            head = nn.Linear(1, 1).double()
+            head.weight.data, head.bias.data = F64.new_tensor([[sign]]), F64.new_tensor([-sign * tau - .29])
+            c = lattice_smoothing(lambda s: s, [tau], eps=.3, width=1., step=.25, head=head, like=F64)
+            assert not c.certified and not c.abstained and sign * c.counterexample[0] > .28 and abs(c.counterexample[0]) <= .3
+
+
+@pytest.mark.parametrize("bound", ["exact", "dkw"])
+@pytest.mark.parametrize("sigma", [.2, .21, .01])
+@pytest.mark.parametrize("delta", [.07, .4])
+def test_a_small_sigma_is_refused_at_once_with_a_sigma_that_works(sigma, delta, bound):
+    for sequential in (False, True)[:1 + (bound == "exact")]:
+        more = dict(sequential=True, head=lambda c: 1.) if sequential else {}
+        with pytest.raises(ValueError, match="n=100000") as e: CENTER(sigma=sigma, bound=bound, delta=delta, **more)
+        better = float(str(e.value).split("sigma >= ")[1].split()[0])
+        plan = lambda sigma: smoothing._plan(sigma, 1., 100_000, 10_000, .01, delta, bound, sequential, more.get("head"))
+        assert plan(better).n == 100_000 and sigma < better
+        with pytest.raises(ValueError): plan(.99 * better)
 
 
 @pytest.mark.parametrize("name", BAD)
