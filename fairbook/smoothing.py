@@ -6,12 +6,15 @@
 __all__ = ['Certificate', 'shifted_mass', 'randomized_smoothing', 'linear_radius', 'quantile_rank', 'center_smoothing',
            'LinePath', 'line_path', 'exact_line', 'line_coordinates', 'lattice_smoothing', 'projection_certificate']
 
-# %% ../nbs/lib_smoothing.ipynb #08ba1285
+# %% ../nbs/lib_smoothing.ipynb #741d2257
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import index
+from threading import RLock
 from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
@@ -54,10 +57,10 @@ def _count(name, n):
     if index(n) >= 1: return index(n)
     raise ValueError(f"{name} must be at least 1, got {n}")
 
-# %% ../nbs/lib_smoothing.ipynb #f6f59f50
+# %% ../nbs/lib_smoothing.ipynb #70b80a07
 def _finite(name, x):
     "`x`, if it is finite."
-    if torch.isfinite(x).all(): return x
+    if not x.numel() or torch.isfinite(torch.stack(x.detach().aminmax())).all(): return x      # one NaN makes both of them NaN
     raise ValueError(f"{name} holds NaN or infinite values; find out where they arise before certifying anything")
 
 
@@ -114,7 +117,7 @@ def _noise(step, seed, size):
     "Standard normal draws; a row depends on the seed, the step and its place only."
     return torch.from_numpy(np.random.default_rng([step, index(seed)]).standard_normal(size))
 
-# %% ../nbs/lib_smoothing.ipynb #a13192eb
+# %% ../nbs/lib_smoothing.ipynb #69851330
 def randomized_smoothing(
     h: Callable,                        # x [B, *shape] -> class numbers [B] or scores [B, C]
     x: Float[Tensor, "*shape"],         # the point, float32 or float64, on any device
@@ -124,7 +127,7 @@ def randomized_smoothing(
     alpha: SupportsFloat = .001,        # probability of a wrong certificate, in (0, 1)
     radius: SupportsFloat = 0.,         # how far similar individuals may be, >= 0: what is to be certified
     seed: SupportsIndex = 0,            # same seed, same draws; give every person another one, chosen beforehand
-    batch_size: SupportsIndex = 10_000, # rows per call of `h`
+    batch_size: SupportsIndex = 10_000, # rows per call of `h`; no matter for the answer, if `h` rounds a row alike in every batch
 ) -> Certificate:                       # `bound` is R of (S.2), `label` the class; certified if `radius` < R
     """Radius within which the majority of `h` under Gaussian noise is constant: Theorem 2, with the limit of Clopper and Pearson.
 
@@ -337,7 +340,7 @@ def _smooth(plan, codes, head):
     radius = 3 * R * (1 + (c.numel() + 8) * _U) if good else math.inf
     return Certificate("center", good and head is not None and radius < tolerated, radius, tolerated, 1 - plan.alpha, plan.n_center + used, not good, None, label if good else None, c)
 
-# %% ../nbs/lib_smoothing.ipynb #e2d4040e
+# %% ../nbs/lib_smoothing.ipynb #5cd1e158
 def center_smoothing(
     f: Callable,                       # t [B, k] -> codes [B, d]; t = 0 is the individual
     n_dims: SupportsIndex,             # k, the number of attributes
@@ -350,7 +353,7 @@ def center_smoothing(
     bound: str = "exact",              # "exact": binomial; "dkw": as in the paper
     sequential: bool = False,          # stop as soon as the head's tolerance is settled
     head: Any = None,                  # nn.Linear, or code [d] -> tolerated distance
-    batch_size: SupportsIndex = 1000,  # rows per call of `f`
+    batch_size: SupportsIndex = 1000,  # rows per call of `f`; no matter for the answer, if `f` rounds a row alike in every batch
     seed: SupportsIndex = 0,           # same seed, same draws; give every person another one, chosen beforehand
     like: Tensor | None = None,        # `f` gets this tensor's dtype and device; default float32, CPU
 ) -> Certificate:                      # `radius` is r_CS, `center` the smoothed code
@@ -418,45 +421,53 @@ def _after(outer, inner):
     constant = g * float((apply(W.abs(), c.abs()) + b.abs()).norm()) + size(W) * dc + dW * (float(c.norm()) + dc) + db
     return _times(W, V), apply(W, c) + b, matrix, constant
 
-# %% ../nbs/lib_smoothing.ipynb #fa991868
+# %% ../nbs/lib_smoothing.ipynb #818da332
 def _fold(net):
-    "A network as affine maps (W, b, errors of both) with ReLUs between them, and whether a ReLU follows the last one."
-    maps, joins = [], False                              # joins: no ReLU since the last map
+    "A network as affine maps (W, b, errors of both) with ReLUs between them, whether a ReLU follows the last one, and its affine layers as they are (None: a ReLU)."
+    maps, joins, layers = [], False, []                  # joins: no ReLU since the last map
     for layer in _leaves(net):
         affine = _as_affine(layer)
+        if affine or isinstance(layer, nn.ReLU): layers.append(affine)
         if affine: maps, joins = (maps[:-1] + [_after(affine, maps[-1])] if joins else maps + [affine]), True
         elif isinstance(layer, nn.ReLU) and maps: joins = False
         elif not (isinstance(layer, (nn.Flatten, nn.Identity)) or isinstance(layer, nn.Dropout) and (not layer.training or layer.p == 0)):
             cure = "call net.eval() first" if layer.training and isinstance(layer, (nn.BatchNorm1d, nn.Dropout)) else "use lattice_smoothing or center_smoothing"
             raise ValueError(f"net may hold Linear, ReLU, Flatten, Identity, and in eval mode BatchNorm1d and Dropout, beginning with a Linear; it holds {layer}: {cure}")
-    if maps: return [(torch.diag(W) if W.ndim == 1 else W, *rest) for W, *rest in maps], not joins
+    if maps: return [(torch.diag(W) if W.ndim == 1 else W, *rest) for W, *rest in maps], not joins, layers
     raise ValueError("net holds no Linear layer, so there is nothing to certify")
 
-# %% ../nbs/lib_smoothing.ipynb #91492578
+# %% ../nbs/lib_smoothing.ipynb #341ba8b1
+def _products(W, xs, of=lambda w: w, each=map):
+    "`of(W) @ x` for every `x`, [B, w], in blocks of rows of `W` that stay in the cache; each `x` gets bit for bit what it gets alone."
+    xs = [x.clone() for x in xs]                         # a row of a matrix may begin anywhere in memory, a copy does not
+    return torch.cat(list(each(lambda w: torch.stack([of(w) @ x for x in xs]), W.split(max(1, 2 ** 18 // W.shape[1])))), 1)
+
+# %% ../nbs/lib_smoothing.ipynb #213027f6
 @dataclass(frozen=True, eq=False)
 class _Net:
     "A folded network with what its error bounds need."
     maps: list
     off: list                 # error of every map by merging: Frobenius norm, norm of the constant
     last: bool                # does a ReLU follow the last map?
+    layers: list              # the affine layers before merging, None for a ReLU
     fro: list                 # Frobenius norms
     op: list                  # upper bounds of the operator norms
     second: Tensor | None     # weights of the second map, transposed, in the order in which they are read
 
-# %% ../nbs/lib_smoothing.ipynb #1871da16
-def _norm4(W):
+# %% ../nbs/lib_smoothing.ipynb #5e5e15e7
+def _norm4(W, each=map):
     "Upper bound of the operator norm, up to rounding; scaled, so that powers of small weights do not vanish."
-    W = W / (top := max(float(W.abs().max()), 1e-300))
-    G = W @ W.T if len(W) <= W.shape[1] else W.T @ W
-    return top * float((G @ G).norm()) ** .25
+    W = (W if len(W) <= W.shape[1] else W.T) / (top := max(float(W.abs().max()), 1e-300))
+    G = torch.cat(list(each(lambda w: w @ W.T, W.split(256))))
+    return top * sum(each(lambda g: float((g @ G).square().sum()), G.split(256))) ** .125
 
 
-def _prepare(net):
+def _prepare(net, each=map):
     "The folded network with its norms."
-    folded, last = _fold(net)
+    folded, last, layers = _fold(net)
     maps, off, fro = [m[:2] for m in folded], [m[2:] for m in folded], [float(m[0].norm()) for m in folded]
-    op = fro[:1] + [min(f, _norm4(W)) * (1 + 1e-9) for f, (W, _) in zip(fro[1:], maps[1:])]      # the first map meets no earlier error
-    return _Net(maps, off, last, fro, op, maps[1][0].T.contiguous() if len(maps) > 1 else None)
+    op = fro[:1] + [min(f, _norm4(W, each)) * (1 + 1e-9) for f, (W, _) in zip(fro[1:], maps[1:])]      # the first map meets no earlier error
+    return _Net(maps, off, last, layers, fro, op, maps[1][0].T.contiguous() if len(maps) > 1 else None)
 
 # %% ../nbs/lib_smoothing.ipynb #c479e6f4
 def _error(net, k, e, size, n):
@@ -464,24 +475,24 @@ def _error(net, k, e, size, n):
     dW, db = net.off[k]
     return net.op[k] * e + _gamma(n) * (net.fro[k] * size + float(net.maps[k][1].norm())) + dW * (size + e) + db
 
-# %% ../nbs/lib_smoothing.ipynb #4aaa4f9e
-def _own_value(net, z):
+# %% ../nbs/lib_smoothing.ipynb #ee408129
+def _own_value(net, layers, z):
     "What `net` itself answers at `z [n]`, and a bound of its rounding errors, entry by entry."
     p = next(net.parameters())
     x, u = z.double().cpu(), torch.finfo(p.dtype).eps if torch.get_float32_matmul_precision() == "highest" else 2. ** -7
     e = u * x.abs()
-    for layer in _leaves(net):
-        if affine := _as_affine(layer):
-            W, b, _, db = affine
-            e, size = _times(W.abs(), torch.stack([e, x.abs()], 1)).T
-            e, x = e + (len(x) + 16) * u * (size + b.abs() + db / _gamma(0)), _times(W, x[:, None])[:, 0] + b
-        elif isinstance(layer, nn.ReLU): x = x.clamp(min=0)
+    for affine in layers:
+        if affine is None: x = x.clamp(min=0); continue
+        (W, b, _, db), g = affine, (len(x) + 16) * u
+        y = e + g * x.abs()
+        e = (W.abs() * y if W.ndim == 1 else _products(W, [y], torch.abs)[0]) + g * (b.abs() + db / _gamma(0))
+        x = _times(W, x[:, None])[:, 0] + b
     with torch.no_grad(): return net(z.to(p)[None]).double().cpu().reshape(-1), e
 
-# %% ../nbs/lib_smoothing.ipynb #7c8a0f70
+# %% ../nbs/lib_smoothing.ipynb #954eda3f
 def _compare(net, folded, z):
     "Refuses a network whose own answer at `z [n]` is not that of the folded one, up to rounding."
-    h, e, (own, rounding) = z.double().cpu(), 0., _own_value(net, z)
+    h, e, (own, rounding) = z.double().cpu(), 0., _own_value(net, folded.layers, z)
     for k, (W, b) in enumerate(folded.maps):
         e, h = _error(folded, k, e, float(h.norm()), len(h)), W @ h + b
         if k < len(folded.maps) - 1 or folded.last: h = h.clamp(min=0)
@@ -500,22 +511,21 @@ def _first_knots(u, v, eps):
 # %% ../nbs/lib_smoothing.ipynb #f0a9ba8b
 def _second_plain(t, u, v, W, b): return torch.addmm(b, (u + t[:, None] * v).clamp(min=0), W.T)
 
-# %% ../nbs/lib_smoothing.ipynb #c7a1b573
+# %% ../nbs/lib_smoothing.ipynb #cb99e5c1
 def _second_fast(t, j, u, v, WT, b, block=64):
     "Sums of the second layer at the knots of the first, [m, w2], and a bound of their rounding error beyond that of one product."
     place = j.new_full((len(u),), len(t)).scatter(0, j[j >= 0], (j >= 0).nonzero()[:, 0])       # at which knot does each unit flip?
     first = torch.arange(0, len(t), block)
     on = torch.where(place < len(t), (v > 0) == (place <= first[:, None]), u > 0)
-    values, slopes = torch.addmm(b, (u + t[first, None] * v).clamp(min=0), WT), (on * v) @ WT    # afresh, once per block
-    jump, X = torch.where(j >= 0, v[j].abs(), 0.), torch.empty(len(t), len(b), dtype=t.dtype)
+    values, slopes = (torch.cat([(u + t[first, None] * v).clamp(min=0), on * v]) @ WT).chunk(2)   # afresh, once per block
+    jump, X, values = torch.where(j >= 0, v[j].abs(), 0.), torch.empty(len(t), len(b), dtype=t.dtype), values + b
     for i, s in enumerate(first.tolist()):
-        e = min(s + block, len(t))
-        S = WT.index_select(0, j[s:e].clamp(min=0)).mul_(jump[s:e, None])
-        S[0], X[s] = slopes[i], values[i]
-        torch.mul(S.cumsum_(0)[:-1], t[s:e].diff()[:, None], out=X[s + 1:e])
-        X[s:e] = X[s:e].cumsum(0)
-    length = t[(first + block).clamp(max=len(t) - 1)] - t[first]
-    return X, _gamma(6 * block) * float((values.norm(dim=-1) + length * (slopes.norm(dim=-1) + (jump * WT.norm(dim=1)[j]).sum())).max())
+        since, flips = t[s:s + block] - t[s], slice(s + 1, s + block)
+        passed = (since[:, None] - since[1:]).clamp(min=0) * jump[flips]
+        torch.addmm(values[i] + since[:, None] * slopes[i], passed, WT[j[flips]], out=X[s:s + block])
+    length, norms = t[(first + block).clamp(max=len(t) - 1)] - t[first], WT.norm(dim=1)
+    inner = values.norm(dim=-1) + length * (slopes.norm(dim=-1) + (jump * norms[j]).sum())
+    return X, float((_gamma(block) * inner + _gamma(len(u)) * length * v.norm() * norms.norm()).max())   # the last term: the slopes
 
 # %% ../nbs/lib_smoothing.ipynb #890c63b1
 def _knots(net, u, v, eps, e):
@@ -533,23 +543,24 @@ def _knots(net, u, v, eps, e):
         H = X.clamp_(min=0)
     return t, H, e, depth if 0 < depth < len(net.maps) else None
 
-# %% ../nbs/lib_smoothing.ipynb #62f9994e
-def _line(net, z, a, eps):
+# %% ../nbs/lib_smoothing.ipynb #0b8239a2
+def _line(net, z, a, eps, each):
     "Start [B, w] and direction [w] of the segments in the first layer, their length and error; refuses what is no segment."
     eps, (W, b) = _number("eps", eps, 0., closed=True), net.maps[0]
     if z.ndim not in (1, 2) or a.shape != z.shape[-1:]: raise ValueError(f"z must be [n] or [B, n] and a [n], got {tuple(z.shape)} and {tuple(a.shape)}")
     if not _finite("a", a).any(): raise ValueError("a is zero, so it has no direction; give the attribute vector")
     if len(a) != W.shape[1]: raise ValueError(f"z and a have {len(a)} entries, but the first layer of net takes {W.shape[1]}")
-    Z, a = torch.atleast_2d(_finite("z", z)).double().cpu(), a.double().cpu()
-    size, (dW, db) = Z.norm(dim=-1) + eps * a.norm(), net.off[0]
-    return torch.addmm(b, Z, W.T), W @ a, eps, (_gamma(len(a)) * (net.fro[0] * size + b.norm()) + dW * size + db).tolist()
+    Z, a, (dW, db) = torch.atleast_2d(_finite("z", z)).detach().double().cpu(), a.detach().double().cpu(), net.off[0]
+    *U, v = _products(W, [*Z, a], each=each)
+    size = [float(x.norm() + eps * a.norm()) for x in Z]
+    return [u + b for u in U], v, eps, [_gamma(len(a)) * (net.fro[0] * s + float(b.norm())) + dW * s + db for s in size]
 
-# %% ../nbs/lib_smoothing.ipynb #52d54d69
-def _start(net, z, a, eps):
+# %% ../nbs/lib_smoothing.ipynb #f56b8127
+def _start(net, z, a, eps, each=map):
     "The folded network, compared with `net` itself, and its `_line`."
-    folded = _prepare(net)
-    line = _line(folded, z, a, eps)
-    if len(line[0]): _compare(net, folded, torch.atleast_2d(z)[0])
+    folded = _prepare(net, each)
+    line = _line(folded, z, a, eps, each)
+    if len(line[0]): _compare(net, folded, torch.atleast_2d(z.detach())[0])
     return folded, *line
 
 # %% ../nbs/lib_smoothing.ipynb #9cf6d0d1
@@ -603,35 +614,53 @@ def _decide(net, k, t, H, e, head, label, at_0):
     worst, at = (lead + slack).amin(-1).min(0)
     return bool((lead > slack).all()), (float(t[at]),) if worst < 0 and (lead[at_0] > slack).all() else None
 
-# %% ../nbs/lib_smoothing.ipynb #763df586
+# %% ../nbs/lib_smoothing.ipynb #728e0656
 def _certify_line(net, u, v, eps, e, head):
-    "The certificate of one segment."
+    "The certificate of one segment, with a linear head or none."
     t, H, e, k = _knots(net, u, v, eps, e)
     at_0, size = int((t == 0).nonzero()[0, 0]), float(H.norm(dim=-1).max())
     c = H[at_0] if k is None else net.maps[k][0] @ H[at_0] + net.maps[k][1]
     if k is not None: e, size = _error(net, k, e, size, H.shape[1]), net.fro[k] * size + float(net.maps[k][1].norm())
     radius = (_supremum(net, k, t, H, at_0) + 2 * e) * (1 + _gamma(len(c))) if eps > 0 else 0.
-    label, tolerated = _tolerance(head, c)
-    if label is None: proved, bad = head is not None and radius < tolerated, None
-    else: proved, bad = _decide(net, k, t, H, e + _gamma(H.shape[1] + len(c)) * size, head, label, at_0)
+    (label, tolerated), proved, bad = _tolerance(head, c), False, None
+    if label is not None: proved, bad = _decide(net, k, t, H, e + _gamma(H.shape[1] + len(c)) * size, head, label, at_0)
     return Certificate("exact_line", proved, radius, tolerated, 1., len(t), label is not None and not proved and bad is None, bad, label, c)
 
-# %% ../nbs/lib_smoothing.ipynb #333b65ce
+# %% ../nbs/lib_smoothing.ipynb #9388fa7f
+_TURN = RLock()
+
+
+@contextmanager
+def _threads(workers):
+    "A `map` on `workers` threads, while torch computes every operation on one: no sum is split, so the number of threads changes no bit of it."
+    with _TURN:                                          # torch's number of threads belongs to the whole process
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool.map if workers > 1 else map
+        finally: torch.set_num_threads(before)
+
+# %% ../nbs/lib_smoothing.ipynb #7fd2b60b
 def exact_line(
     net: nn.Module,                  # Sequential of Linear and ReLU (also Flatten, Identity; in eval mode BatchNorm1d, Dropout)
     z: Float[Tensor, "*batch n"],    # one individual [n], or several [B, n]
     a: Float[Tensor, "n"],           # direction of the attribute, not zero
     eps: SupportsFloat,              # similar individuals are z + t a with |t| <= eps; >= 0
     *, head: Any = None,             # nn.Linear: the decision itself is settled; or a function, code [d] -> tolerated distance
+    workers: SupportsIndex = 1,      # threads; the certificates do not depend on it
 ) -> Certificate | list[Certificate]:   # `radius`: the supremum of |f(z + t a) - f(z)|, rounded outward; one certificate per row of `z`
     """Exact certificate of a ReLU network on a segment: Proposition 6, for all similar individuals at once, with confidence 1.
 
     With a linear head `certified` is the exact answer, even if `radius` exceeds `bound`; else there is a `counterexample` t, or (`abstained`) the two are equal
-    up to rounding. Raises `ValueError` as `line_path`. Cost: as `line_path`; the first layer is one product for all rows.
+    up to rounding. Raises `ValueError` as `line_path`. Cost: as `line_path`; the weights of the first layer are read once for
+    all rows. Meanwhile torch is set to one thread per operation.
 
     Example: `exact_line(nn.Identity(), torch.ones(2), torch.ones(2), 1.)` raises `ValueError`."""
-    folded, U, v, eps, e = _start(net, z, a, eps)
-    found = [_certify_line(folded, u, v, eps, error, head) for u, error in zip(U, e)]
+    linear = isinstance(head, nn.Linear)
+    with _threads(_count("workers", workers)) as each:
+        folded, U, v, eps, e = _start(net, z, a, eps, each)
+        found = list(each(lambda u, error: _certify_line(folded, u, v, eps, error, head if linear else None), U, e))
+    if head is not None and not linear: found = [replace(c, certified=c.radius < r, bound=r) for c in found for r in [_tolerance(head, c.center)[1]]]
     return found if z.ndim == 2 else found[0]
 
 # %% ../nbs/lib_smoothing.ipynb #e7907b3b
@@ -706,7 +735,7 @@ def _certify_lattice(ts, mean, n, error, tau, eps, head, slack):
     proved, bad = _vote(head, V, inside[corners], t, error + slack, label)
     return Certificate("lattice", proved, radius, tolerated, 1., n, not proved and bad is None and len(ts) == 1, bad, label, c)
 
-# %% ../nbs/lib_smoothing.ipynb #4a4b5d0e
+# %% ../nbs/lib_smoothing.ipynb #f6d4e1cc
 def lattice_smoothing(
     f: Callable,                       # s [B, k] -> codes [B, d] of z_rest + s @ a: absolute coordinates, see `line_coordinates`
     tau: Any,                          # coordinates of the individual, 1 to 3 numbers
@@ -716,7 +745,7 @@ def lattice_smoothing(
     head: Any = None,                  # nn.Linear: the decision itself is looked at; or a function, code [d] -> tolerated distance
     slack: SupportsFloat = 0.,         # how much the code at one lattice point may differ between similar individuals, >= 0
     refine: SupportsIndex = 1,         # pieces per cell and axis, for a tighter bound with several attributes
-    batch_size: SupportsIndex = 256,   # rows per call of `f`
+    batch_size: SupportsIndex = 256,   # rows per call of `f`; no matter for the answer, if `f` rounds a row alike in every batch
     like: Tensor | None = None,        # `f` gets this tensor's dtype and device; default float32, CPU
 ) -> Certificate:                      # of the averaged code (S.6): `radius` its largest move, rounded outward, `center` its value
     """Deterministic certificate for any function of 1 to 3 attributes: Theorem 7. Exact for one attribute, an upper bound for more; holds for all similar individuals.

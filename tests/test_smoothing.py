@@ -1,5 +1,7 @@
 """`fairbook.smoothing`: certificates that are sound, exact where they say so, hold as often as they say, and refuse what they can not certify."""
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, getcontext
 from fractions import Fraction
 from itertools import combinations
@@ -262,6 +264,15 @@ def test_same_seed_same_certificate_for_any_batch_size(kind):
     assert first == run(7) == run(10**6) and (kind == "lattice" or first != run(1000, seed=1))
 
 
+def test_a_float32_network_called_row_by_row_has_one_certificate():
+    "In larger batches its rounding, and so the certificate, may depend on the size of the batch."
+    net, head = mlp(5, (1, 20, 8)).float(), nn.Linear(8, 2)
+    f = lambda t: torch.cat([net(x.clone()) for x in t.split(1)])
+    for run in (lambda b: center_smoothing(f, 1, sigma=1., eps=.3, n=400, n_center=600, head=head, batch_size=b), lambda b: lattice_smoothing(f, [.1], eps=.5, width=1., step=.1, head=head, batch_size=b),
+                lambda b: randomized_smoothing(lambda x: head(f(x)), torch.tensor([.5]), sigma=.1, n=300, batch_size=b)):
+        assert run(1) == run(7) == run(1000)
+
+
 # --- exact_line
 
 def exact_fractions(net, head, z, a, eps):
@@ -417,8 +428,63 @@ def test_rows_are_certified_as_they_are_alone():
     Z = torch.randn(9, 4, dtype=torch.float64)
     for row, z in zip(exact_line(net, Z, a, 1., head=head), Z):
         alone = exact_line(net, z, a, 1., head=head)
-        assert (row.certified, row.label, row.evaluations) == (alone.certified, alone.label, alone.evaluations) and row.radius == pytest.approx(alone.radius, abs=1e-12)
-    assert exact_line(net, Z[:0], a, 1.) == []
+        assert row == alone and torch.equal(row.center, alone.center)
+    assert exact_line(net, Z[:0], a, 1.) == exact_line(net, Z[:0], a, 1., workers=2) == []
+
+
+@pytest.fixture
+def torch_threads():
+    "Sets torch's number of threads; it is as before after the test."
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "function"])
+@pytest.mark.parametrize("widths", [(4, 12, 9, 3), (769, 300, 120, 33), (7, 4)])
+def test_no_bit_depends_on_workers_threads_or_batch(widths, kind, torch_threads):
+    net, linear, _, a = case(3, widths)
+    head = {"none": None, "linear": linear, "function": lambda c: float(c.norm()) / 5}[kind]
+    Z = torch.randn(7, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    same = lambda found, want: found == want and all(torch.equal(c.center, d.center) for c, d in zip(found, want))
+    first = exact_line(net, Z, a, .5, head=head)
+    for threads in (1, 2):
+        torch_threads(threads)
+        for workers in (1, 2, 3):
+            run = lambda z: exact_line(net, z, a, .5, head=head, workers=np.int64(workers))
+            assert same(run(Z), first) and same(run(Z[2:5]), first[2:5]) and same([run(z) for z in Z], first)
+            assert torch.get_num_threads() == threads
+
+
+def test_workers_are_threads_with_one_torch_thread_each(monkeypatch, torch_threads):
+    torch_threads(2)
+    net, linear, _, a = case(3)
+    Z, certify, meet, seen = torch.randn(2, 4, dtype=torch.float64), smoothing._certify_line, threading.Barrier(2, timeout=60), []
+    def together(*args):
+        meet.wait()                                                          # nobody passes alone
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return certify(*args)
+    def head(c): seen.append((threading.get_ident(), torch.get_num_threads())); return 1.
+    monkeypatch.setattr(smoothing, "_certify_line", together)
+    exact_line(net, Z, a, 1., head=head, workers=2)
+    here = threading.get_ident()
+    assert len({i for i, _ in seen[:2]} | {here}) == 3 and [n for _, n in seen] == [1, 1, 2, 2] and [i for i, _ in seen[2:]] == [here, here]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_torchs_threads_are_restored_after_an_error(workers, torch_threads):
+    torch_threads(2)
+    with pytest.raises(ValueError, match="head takes 5 features"): exact_line(RELU, torch.ones(3, 2), ONE, 1., head=nn.Linear(5, 2), workers=workers)
+    assert torch.get_num_threads() == 2
+
+
+def test_calls_from_several_threads_at_once(torch_threads):
+    torch_threads(2)
+    net, head, _, a = case(3, (40, 60, 30, 5))
+    Z = torch.randn(12, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = exact_line(net, Z, a, 1., head=head)
+    with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda z: exact_line(net, z, a, 1., head=head, workers=2), Z))
+    assert found == want and torch.get_num_threads() == 2
 
 
 def test_a_spike_between_grid_points_is_found():
@@ -452,7 +518,7 @@ def test_dead_layers_flat_directions_and_ties():
 
 
 @pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 500])
-def test_running_sums_equal_the_products(m):
+def test_the_second_layers_sums_equal_the_products(m):
     gen = torch.Generator().manual_seed(m)
     u, v, W, b = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((m,), (m,), (17, m), (17,)))
     t, j = smoothing._first_knots(u, v, 4.)
@@ -584,6 +650,7 @@ BAD = {
     "n too small": (lambda: CENTER(n=10), "use n >= "), "n_center too small": (lambda: CENTER(n_center=20), "use n_center >= "), "n = 0": (lambda: CENTER(n=0), "n must be at least 1"),
     "n too small, dkw": (lambda: CENTER(n=10, bound="dkw"), "use n >= "), "n too small, Cohen": (lambda: COHEN(n=5), "use n >= 10"), "n too small for the radius": (lambda: COHEN(n=100, radius=3.), "use n >= 5114"),
     "no dims": (lambda: CENTER(k=0), "n_dims must be"), "batch": (lambda: CENTER(batch_size=0), "batch_size must be"),
+    "no workers": (lambda: exact_line(RELU, ONE, ONE, 1., workers=0), "workers must be at least 1, got 0"), "workers < 0": (lambda: exact_line(RELU, ONE, ONE, 1., workers=-2), "workers must be"),
     "f of wrong shape": (lambda: CENTER(lambda t: t[:, 0]), r"f must map a batch \[1000, 1\]"), "f loses rows": (lambda: CENTER(lambda t: t[1:]), "f must map"), "f gives no tensor": (lambda: CENTER(lambda t: 1.), "got float"),
     "f NaN": (lambda: CENTER(lambda t: t / 0 * 0), "NaN"), "f NaN, lattice": (lambda: LATTICE(lambda s: s.log()), "NaN"),
     "h of wrong shape": (lambda: COHEN(lambda x: x[:, :, None]), "class numbers"), "h of floats": (lambda: COHEN(lambda x: x[:, 0]), "class numbers"), "h negative": (lambda: COHEN(lambda x: -torch.ones(len(x)).long()), "class numbers"),
