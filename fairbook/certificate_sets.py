@@ -107,19 +107,20 @@ def rates(
     known = {} if y is None else {"accuracy": percent(self.labels == torch.as_tensor(y).cpu()) if ((self.labels >= 0) | declined).all() else float("nan")}
     return known | {"certified": percent(torch.tensor(t.certified)), "abstained": percent(declined), "radius": float(t.radius.median()), "evaluations": float(t.evaluations.mean())}
 
-# %% ../nbs/lib_certificate_sets.ipynb #d045daab
+# %% ../nbs/lib_certificate_sets.ipynb #bae2bedd
 def certify_many(
     certify: Callable,           # list of person numbers -> list of their certificates
     n: int,                      # people, numbered 0 to n - 1
     *, folder: str | Path | None = None,   # where finished chunks are kept, and found again; None: nowhere
-    about: str = "",             # `fingerprint` of model, people and options
+    about: str = "",             # `fingerprint` of model, people and options; needed with `folder`
     chunk: int = 25,             # people per call and file
     workers: int = 1,            # processes; -1: one per core
     progress: bool = False,      # a bar over the chunks
 ) -> CertifiedSet:
-    """Certifies many people, and goes on where an earlier run with the same chunks was stopped. Raises `ValueError` as `load_certificates`, for counts below 1, and for a function that returns something else.
+    """Certifies many people, and goes on where an earlier run with the same chunks was stopped. Raises `ValueError` as `load_certificates`, for counts below 1, a folder without `about`, and for a function that returns something else.
 
     Example: `from fairbook.smoothing import Certificate; certify_many(lambda rows: [Certificate("lattice", True, 0., 1., 1., r) for r in rows], 3)[2].evaluations` gives `2`."""
+    if folder is not None and not about: raise ValueError("files in a folder outlive their model; pass about=fingerprint(model, people, options), so that they are not taken for those of another")
     for name, x in ("n", n), ("chunk", chunk), ("workers", workers):
         if x < 1 and not (name == "workers" and x == -1): raise ValueError(f"{name} must be at least 1, got {x}")
     parts = [list(range(i, min(i + chunk, n))) for i in range(0, n, chunk)]

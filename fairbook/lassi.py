@@ -7,12 +7,13 @@ __all__ = ['SimilaritySet', 'discover_attribute', 'attribute_vector', 'project_o
            'mixed_answers', 'EncoderFit', 'LassiEncoder', 'adversarial_loss', 'contrastive_loss', 'mlp_encoder',
            'resnet_encoder', 'train_classifier', 'train_encoder', 'worst_neighbor']
 
-# %% ../nbs/ch02_lassi.ipynb #939fd070
+# %% ../nbs/ch02_lassi.ipynb #3a73b446
 import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -191,7 +192,7 @@ def _sequential(encoder):
     first.weight = nn.Parameter(W - (W @ Q.T) @ Q)
     return nn.Sequential(first, *(encoder.body[1:] if folds else [encoder.body]))
 
-# %% ../nbs/ch02_lassi.ipynb #22b3591f
+# %% ../nbs/ch02_lassi.ipynb #78c61920
 def certify(
     z: Float[Tensor, "..."],       # one person: latent [d], or picture [c, h, w] if the encoder has a flow
     encoder: LassiEncoder,         # in evaluation mode
@@ -206,16 +207,30 @@ def certify(
 ) -> Certificate:
     """Are all people similar to this one treated alike? Algorithm 1 of Peychev et al. (2022), and its rivals. With "project" the certified model is `project_out(encoder, similar.a)`, with "lattice" the averaged code, with "end_to_end" the majority under noise.
 
-    Raises `ValueError` for an unknown method, a picture without a flow, shapes that do not fit, an encoder in training mode, a flow whose way back is too inexact, and as the function that does it. Cost: 4,000 evaluations of the encoder for "center", 130 for "lattice" with one attribute (about 33^2 and 14^3 with two and three), 1,100 for "end_to_end", 1 for "project", the knots of the path for "exact_line"; with a flow 2 k + 1 round trips more.
+    Raises `ValueError` for an unknown method, options and heads that it can not use, a picture without a flow, shapes that do not fit, an encoder in training mode, a flow whose way back is too inexact, and as the function that does it. Cost: 4,000 evaluations of the encoder for "center", 130 for "lattice" with one attribute (about 33^2 and 14^3 with two and three), 1,100 for "end_to_end", 1 for "project", the knots of the path for "exact_line"; with a flow 2 k + 1 round trips more.
 
     Example: `e = LassiEncoder(nn.Sequential(nn.Linear(2, 2))).eval(); certify(torch.ones(2), e, nn.Linear(2, 2), SimilaritySet(torch.ones(2), 1.), "project").radius` gives `0.0`."""
     if method not in _METHODS: raise ValueError(f"method must be one of {list(_METHODS)}, got {method!r}")
+    _check_options(method, head, sigma, width, options)
     if any(m.training for m in encoder.modules()): raise ValueError("the encoder is in training mode, in which a code depends on the other people of the batch; call encoder.eval()")
     z = _person(z, encoder, similar)
     if not 0 <= float(round_trip) < math.inf: raise ValueError(f"round_trip must be a finite number >= 0, got {round_trip}")
     if encoder.flow is not None: _check_flow(encoder.flow, z, similar, float(round_trip))
     sigma, width = .65 * similar.eps if sigma is None else sigma, similar.eps if width is None else width
     return _METHODS[method](z, encoder, head, similar, sigma, width, seed, options)
+
+# %% ../nbs/ch02_lassi.ipynb #28aee4eb
+_RUNS = {"center": center_smoothing, "exact_line": exact_line, "lattice": lattice_smoothing, "end_to_end": randomized_smoothing, "project": projection_certificate}
+
+def _check_options(method, head, sigma, width, options):
+    "Refuses what the method would not look at, and heads that it can not use."
+    if sigma is not None and method not in ("center", "end_to_end"): raise ValueError(f"sigma is the noise of 'center' and 'end_to_end', method={method!r} draws none; leave it out")
+    if width is not None and method != "lattice": raise ValueError(f"width belongs to 'lattice', method={method!r} has none; leave it out")
+    known = {name for name, p in signature(_RUNS[method]).parameters.items() if p.kind is Parameter.KEYWORD_ONLY} - {"sigma", "eps", "head", "seed", "like", "width", "radius"}
+    for name in options:
+        if name not in known: raise ValueError(f"method={method!r} has no option {name!r}; it takes {sorted(known) or 'none'}")
+    if method == "end_to_end" and head is None: raise ValueError("method='end_to_end' counts votes for classes; pass head, such as nn.Linear with one score per class")
+    if method != "end_to_end" and isinstance(head, nn.Module) and not isinstance(head, nn.Linear): raise ValueError(f"method={method!r} needs to know how far a code may move, which is known for nn.Linear; got {type(head).__name__}. Count its first layers to the encoder, or pass a function: code -> tolerated distance")
 
 # %% ../nbs/ch02_lassi.ipynb #87d3cdc6
 def _person(z, encoder, similar):
@@ -236,7 +251,7 @@ def _check_flow(flow, z, similar, allowed):
     error = float(round_trip_error(flow, similar.points(z, ends)).max()) / step
     if not error <= allowed: raise ValueError(f"the flow leads from a latent to a picture and back with an error of {error:.2g} eps |a|, the certificate allows {allowed:.2g}; use float64 (flow.double()), train the flow to smaller weights, or raise round_trip if that is acceptable")
 
-# %% ../nbs/ch02_lassi.ipynb #22b4d99c
+# %% ../nbs/ch02_lassi.ipynb #2f5850bc
 def _center(z, encoder, head, similar, sigma, width, seed, options):
     return center_smoothing(encoder.along(z, similar), similar.n_attributes, sigma=sigma, eps=similar.eps, head=head, seed=seed, like=z, **options)
 
@@ -253,6 +268,8 @@ def _lattice(z, encoder, head, similar, sigma, width, seed, options):
 def _end_to_end(z, encoder, head, similar, sigma, width, seed, options):
     f, at_0 = encoder.along(z, similar), encoder.codes(z[None])[0]
     if isinstance(head, nn.Linear) and head.in_features != len(at_0): raise ValueError(f"head takes {head.in_features} features, the code has {len(at_0)}")
+    with torch.no_grad(): votes = head(at_0.expand(2, -1))
+    if not torch.is_tensor(votes) or votes.shape[:1] != (2,): raise ValueError("method='end_to_end' counts votes for classes, so head must give scores [b, C] or classes [b] for codes [b, m]; a tolerated distance is no vote")
     return randomized_smoothing(lambda t: head(f(t)), z.new_zeros(similar.n_attributes), sigma=sigma, radius=similar.eps, seed=seed, **({"n": 1000, "alpha": .01} | options))
 
 def _project(z, encoder, head, similar, sigma, width, seed, options): return projection_certificate(project_out(encoder, similar.a), z, _span(similar.a), head=head, **options)

@@ -170,13 +170,13 @@ def test_a_folder_about_something_else_is_refused(tmp_path):
 
 def test_an_error_in_a_chunk_comes_through_and_leaves_no_file(tmp_path):
     def work(rows): raise ZeroDivisionError("in person 0")
-    with pytest.raises(ZeroDivisionError, match="person 0"): certify_many(work, 2, folder=tmp_path)
+    with pytest.raises(ZeroDivisionError, match="person 0"): certify_many(work, 2, folder=tmp_path, about="x")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("work", [lambda rows: numbered(rows)[1:], lambda rows: numbered([*rows, 9]), lambda rows: [None for _ in rows], lambda rows: [asdict(c) for c in numbered(rows)], lambda rows: []])
 def test_answers_that_are_no_certificates_are_refused(work, tmp_path):
-    with pytest.raises(ValueError, match="one Certificate for each of the 4 people"): certify_many(work, 4, folder=tmp_path)
+    with pytest.raises(ValueError, match="one Certificate for each of the 4 people"): certify_many(work, 4, folder=tmp_path, about="x")
     assert not list(tmp_path.iterdir())
 
 
@@ -225,3 +225,8 @@ def test_classes_on_a_device(device): assert PEOPLE.rates(torch.tensor([0, 1, 1,
 def test_a_bar_is_drawn_on_request(capsys):
     certify_many(numbered, 4, chunk=2, progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_fingerprint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="pass about=fingerprint"): certify_many(numbered, 4, folder=tmp_path)
+    assert not list(tmp_path.iterdir())

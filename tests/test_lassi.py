@@ -814,6 +814,11 @@ OPEN = {
     "discovery of NaN": (lambda: discover_attribute(TWICE * NAN, lambda z: z[:, 0].sigmoid(), steps=2), "NaN"), "discovery of nobody": (lambda: discover_attribute(TWICE[:0], lambda z: z[:, 0].sigmoid(), steps=2), "z"),
     "too few classes": (lambda: HEADS(n_classes=1), "n_classes"), "no epochs for a head": (lambda: HEADS(epochs=0), "epochs"), "no batch for a head": (lambda: HEADS(batch_size=0), "batch_size"),
     "validation of NaN": (lambda: TRAIN(validation=(Z[:9] * NAN, Y[:9])), "validation"), "validation of nobody": (lambda: TRAIN(validation=(Z[:0], Y[:0])), "validation"), "validation of another class": (lambda: TRAIN(validation=(Z[:9], Y[:9] + 2)), "validation"),
+    **{f"sigma for {m}": (lambda m=m: CERTIFY(method=m, sigma=1.), f"sigma is the noise of 'center' and 'end_to_end', method='{m}' draws none") for m in ("exact_line", "lattice", "project")},
+    **{f"width for {m}": (lambda m=m: CERTIFY(method=m, width=1.), f"width belongs to 'lattice', method='{m}'") for m in ("center", "exact_line", "end_to_end", "project")},
+    "misspelt": (lambda: CERTIFY(sequental=True), "method='center' has no option 'sequental'; it takes .*'sequential'"), "option of another": (lambda: CERTIFY(method="lattice", alpha=.1), "method='lattice' has no option 'alpha'"), "no options": (lambda: CERTIFY(method="project", n=5), "has no option 'n'; it takes none"),
+    "radius is eps": (lambda: CERTIFY(method="end_to_end", radius=.1), "no option 'radius'"), "votes of nobody": (lambda: CERTIFY(method="end_to_end", head=None), "pass head"), "a distance is no vote": (lambda: CERTIFY(method="end_to_end", head=lambda c: 1.), "no vote"),
+    **{f"MLP head for {m}": (lambda m=m: CERTIFY(method=m, head=nn.Sequential(HEAD, nn.ReLU())), "known for nn.Linear; got Sequential") for m in ("center", "exact_line", "lattice", "project")},
     "round_trip NaN": (lambda: CERTIFY(method="project", round_trip=NAN), "round_trip"), "head of other codes, end_to_end": (lambda: CERTIFY(head=nn.Linear(5, 2), method="end_to_end"), "head takes 5"),
 }
 
@@ -835,3 +840,10 @@ def test_more_bad_input_is_refused(name, untyped):
 def test_validation_with_a_lonely_row():
     fit = train_encoder(fresh(), Z[:40], Y[:40], STYLE, epochs=2, batch_size=20, contrastive=.1, validation=(Z[:41], Y[:41]))
     assert all(map(math.isfinite, fit.validation))
+
+
+def test_end_to_end_takes_any_classifier_with_votes():
+    by_scores, by_classes = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)), lambda c: (c[:, 0] > 0).long()
+    for head in (by_scores, by_classes):
+        c = certify(PERSON, ENCODER, head, STYLE, "end_to_end")
+        assert c.label == int(head(ENCODER.codes(PERSON[None])).max(-1).indices if head is by_scores else head(ENCODER.codes(PERSON[None]))) or not c.certified
