@@ -276,10 +276,15 @@ def _project(z, encoder, head, similar, sigma, width, seed, options): return pro
 
 _METHODS = {"center": _center, "exact_line": _exact_line, "lattice": _lattice, "end_to_end": _end_to_end, "project": _project}
 
-# %% ../nbs/ch02_lassi.ipynb #419a5b19
+# %% ../nbs/ch02_lassi.ipynb #2d2ade7a
 def _work(z, encoder, head, similar, method, seed, options, rows):
-    "Certificates of the people with these numbers."
-    return [certify(z[i], encoder, head, similar, method, seed=1_000_003 * seed + i, **options) for i in rows]
+    "Certificates of the people with these numbers; exact lines share the work on the weights."
+    first, rest = (rows[:1], rows[1:]) if method == "exact_line" else (rows, [])
+    found = [certify(z[i], encoder, head, similar, method, seed=1_000_003 * seed + i, **options) for i in first]      # also checks the arguments
+    if not rest: return found
+    people = torch.stack([_person(z[i], encoder, similar) for i in rest])
+    if encoder.flow is not None: [_check_flow(encoder.flow, p, similar, float(options.get("round_trip", 1e-3))) for p in people]
+    return found + exact_line(_sequential(encoder), people, similar.a[0], similar.eps, head=head, **{k: v for k, v in options.items() if k != "round_trip"})
 
 # %% ../nbs/ch02_lassi.ipynb #0073549d
 def certify_dataset(
