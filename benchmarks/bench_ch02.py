@@ -79,7 +79,7 @@ def test_exact_line(benchmark, workers):
     _, encoder, head, similar = models("12288-2048-1024-512")
     people = torch.randn(40, 12_288)
     run = lambda: exact_line(encoder.body, people, similar.a[0], similar.eps, head=head, workers=workers)
-    found = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    found = benchmark.pedantic(run, rounds=8, warmup_rounds=1)
     benchmark.extra_info.update(workers=workers, people=len(people), knots=sum(c.evaluations for c in found) / len(found), each=benchmark.stats.stats.min / len(people))
 
 
